@@ -1,0 +1,1 @@
+"""Model families behind one small interface; ``sd3`` is the first."""

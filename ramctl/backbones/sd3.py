@@ -1,0 +1,254 @@
+"""Stable Diffusion 3 and 3.5, and the embedded model, which has the same format."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ramctl.backbones.base import Backbone, TextEmbeddings
+from ramctl.config import LoraSection, ModelSection
+from ramctl.engine.path import LinearPath, shifted_sigmas
+from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError
+from ramctl.resources import find_resource
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PREFIX = "transformer."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' advice and progress bars while a model loads."""
+    import diffusers
+    import transformers
+
+    levels = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        diffusers.logging.set_verbosity(levels[0])
+        transformers.logging.set_verbosity(levels[1])
+
+
+def _read_pipeline(spec: ModelSection) -> StableDiffusion3Pipeline:
+    with _quiet_import():
+        from diffusers import StableDiffusion3Pipeline
+
+    folder = find_resource(spec.path)
+    index = folder / "model_index.json"
+    if folder.exists() and not index.is_file():
+        raise ConfigError(f"model.path {spec.path!r}: {folder} is no diffusers folder (it has no model_index.json).")
+    absent: dict[str, Any] = {} if spec.use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    try:
+        with _quiet():
+            return StableDiffusion3Pipeline.from_pretrained(
+                str(folder) if index.is_file() else spec.path,
+                revision=spec.revision,
+                torch_dtype=_DTYPES[spec.dtype],
+                **absent,
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        if index.is_file():
+            raise ConfigError(f"model.path {spec.path!r}: not a Stable Diffusion 3 model ({reason}).") from error
+        raise MissingDependencyError(
+            f"Model {spec.path!r} is neither a local folder nor a model that could be downloaded ({reason}). "
+            "Set model.path to a diffusers folder, e.g. --model.path models/tinyworld."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """diffusers and transformers warn at import about packages that nothing here needs."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+class StableDiffusion3(Backbone):
+    """A ``StableDiffusion3Pipeline`` taken apart: its encoders, transformer, autoencoder and time grid."""
+
+    def __init__(
+        self, pipeline: StableDiffusion3Pipeline, spec: ModelSection, device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        self.path = LinearPath()
+        self.device = device
+        self.spec = spec
+        self._autocast_dtype = autocast
+        self._pipeline = pipeline
+        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3, pipeline.vae):
+            if part is not None:
+                part.requires_grad_(False).eval().to(device)
+        self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
+        pipeline.vae.to(memory_format=torch.channels_last)
+        side, remainder = divmod(spec.resolution, pipeline.vae_scale_factor)
+        patch = self.transformer.config.patch_size
+        limit = self.transformer.config.pos_embed_max_size * patch
+        if remainder or side % patch or side > limit:
+            raise ConfigError(
+                f"model.resolution {spec.resolution} does not fit {spec.path!r}: it must be a multiple of "
+                f"{pipeline.vae_scale_factor * patch} and at most {limit * pipeline.vae_scale_factor}."
+            )
+        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        self._shift = float(pipeline.scheduler.config.shift)
+        self._empty: TextEmbeddings | None = None
+
+    @classmethod
+    def load(cls, spec: ModelSection, device: torch.device, autocast: torch.dtype | None) -> StableDiffusion3:
+        """Load a diffusers folder or a hub id; see :meth:`Backbone.load`."""
+        return cls(_read_pipeline(spec), spec, device, autocast)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings as the pipeline computes them; without a T5, no zero tokens are appended in its place."""
+        with self._autocast(), _quiet():
+            tokens, _, pooled, _ = self._pipeline.encode_prompt(
+                prompt=list(prompts),
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.spec.max_sequence_length if self.spec.use_t5 else 0,
+            )
+        return TextEmbeddings(tokens, pooled)
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
+        """v(x_t, t | text), float32; the network reads t·1000."""
+        with self._autocast():
+            (velocity,) = network(
+                hidden_states=x_t.to(text.tokens.dtype),
+                encoder_hidden_states=text.tokens,
+                pooled_projections=text.pooled,
+                timestep=1000 * t.to(x_t.device, torch.float32),
+                return_dict=False,
+            )
+        result: Tensor = velocity.float()
+        return result
+
+    @torch.no_grad()
+    def sample(
+        self,
+        network: nn.Module,
+        text: TextEmbeddings,
+        x1: Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        negative: TextEmbeddings | None = None,
+    ) -> Tensor:
+        """Flow-matching Euler on the scheduler's shifted grid, as the diffusers pipeline computes it."""
+        sigmas = shifted_sigmas(steps, self._shift).to(x1.device, torch.float32)
+        guided = guidance_scale != 1.0
+        if guided:
+            if negative is None:
+                self._empty = self._empty or self.encode([""])
+                negative = self._empty
+            both = negative.select(torch.zeros(len(text), dtype=torch.long, device=x1.device)).joined(text)
+        x = x1
+        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            t = sigma.expand(len(x))
+            if guided:
+                unconditional, conditional = self.velocity(network, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                v = unconditional + guidance_scale * (conditional - unconditional)
+            else:
+                v = self.velocity(network, x, t, text)
+            x = x + (following - sigma) * v
+        return x
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """VAE decoding, clamping, and one rounding to uint8 [N, H, W, 3] on the CPU."""
+        vae = self._pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        with self._autocast():
+            pictures = vae.decode(scaled.to(memory_format=torch.channels_last), return_dict=False)[0]
+        unit = (pictures.float() / 2 + 0.5).clamp(0, 1)
+        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
+        """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""
+        from peft import LoraConfig
+
+        linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+        for target in lora.target_modules:
+            if not any(name == target or name.endswith("." + target) for name in linear):
+                raise ConfigError(f"lora.target_modules: no linear layer of {self.spec.path!r} is named …{target!r}.")
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=list(lora.target_modules),
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        )
+        network.add_adapter(config)  # type: ignore[operator]
+        for name, parameter in network.named_parameters():
+            trainable = "lora_" in name
+            parameter.requires_grad_(trainable)
+            if trainable:
+                parameter.data = parameter.data.float()
+
+    def save_set(self, folder: Path, file_name: str, tensors: Mapping[str, Tensor], lora: LoraSection) -> None:
+        """LoRA: a file for ``load_lora_weights`` (alpha in its metadata). All weights: plain safetensors by name."""
+        on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        if not lora.rank:
+            from safetensors.torch import save_file
+
+            save_file(on_cpu, folder / file_name, metadata={"format": "pt"})
+            return
+        from diffusers import StableDiffusion3Pipeline
+
+        metadata = {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": sorted(lora.target_modules),
+        }
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers={name.replace(".default.", "."): value for name, value in on_cpu.items()},
+            weight_name=file_name,
+            transformer_lora_adapter_metadata=metadata,
+        )
+
+    def read_set(self, path: Path, lora: LoraSection) -> dict[str, Tensor]:
+        """The tensors of :meth:`save_set` by parameter name."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        if not lora.rank:
+            return tensors
+        return {
+            name.removeprefix(_PREFIX)
+            .replace(".lora_A.weight", ".lora_A.default.weight")
+            .replace(".lora_B.weight", ".lora_B.default.weight"): value
+            for name, value in tensors.items()
+        }

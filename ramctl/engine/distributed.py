@@ -1,0 +1,83 @@
+"""The processes of a run: who computes which share, and the few collective operations the engine needs.
+
+A step's pictures are numbered globally; each process takes a contiguous share, so gathering in rank order restores the
+global order whatever the number of processes. Gradients are summed once per update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class World:
+    """This process' place among all; one process when torch.distributed is not running."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """The global indices of this process' contiguous share of ``total`` (shares differ by at most one)."""
+        return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def gather(self, rows: Any) -> list[Any]:
+        """Every process' object, in rank order, on every process (small things only: it pickles)."""
+        if self.size == 1:
+            return [rows]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, rows)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process' object, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over all processes, in place, in one message per dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            chosen = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in chosen])
+            dist.all_reduce(flat)
+            for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def connect(device: str) -> tuple[World, torch.device]:
+    """Join the processes started by accelerate or torchrun (their environment variables tell), or run alone.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        this process' place, and its device.
+    """
+    from accelerate import PartialState
+
+    from ramctl.errors import ConfigError
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device is \"cuda\", but torch sees no CUDA device here. Use --device cpu or auto.")
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu)
+    return World(state.process_index, state.num_processes), torch.device("cpu") if use_cpu else state.device

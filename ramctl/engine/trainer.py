@@ -1,0 +1,400 @@
+"""One step of RAM: rollout → score → advantages → regress → update → lag.
+
+Everything here runs on each process' share of the step's pictures; rewards are gathered (advantages need all of them)
+and gradients are summed once per update. No call order or rank enters any random draw.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramctl.backbones.base import Backbone
+from ramctl.config import Config
+from ramctl.engine.advantage import group_advantages
+from ramctl.engine.distributed import World
+from ramctl.engine.metrics import reward_metrics
+from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction, ram_target, regression_loss
+from ramctl.engine.path import power_law_times
+from ramctl.engine.policy import Policy, evaluation_decay, old_decay
+from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
+from ramctl.engine.rollout import Endpoints, auto_micro_batch, generate
+from ramctl.errors import DivergedError, ScorerError
+from ramctl.prompts import Prompt
+from ramctl.scorers.base import Images, Scores
+
+#: phase name, items done, items of the phase (this process' share).
+PhaseProgress = Callable[[str, int, int], None]
+
+
+class RewardFunction(Protocol):
+    """What the trainer needs of a reward."""
+
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        """Scores of N images uint8 [N, H, W, 3]."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves behind: ``metrics`` (the same on every process) and this process' pictures."""
+
+    metrics: dict[str, float]
+    images: NDArray[np.uint8]
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Regression items regenerated from their keys: x_t and Y [n, C, h, w], t [n]; the last two with path cost only."""
+
+    x_t: Tensor
+    y: Tensor
+    t: Tensor
+    x_s: Tensor | None = None
+    y_s: Tensor | None = None
+    s: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """No-gradient velocities of all items of this process, in item order, and the path costs where asked for."""
+
+    v_ref: Tensor
+    v_old: Tensor
+    cost_s: Tensor | None
+    cost_t: Tensor | None
+
+
+class Trainer:
+    """The state of a run and its step.
+
+    ``step_index`` counts finished steps. ``config`` gives the constants; the trainer knows no scorer and no file.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backbone: Backbone,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        reward: RewardFunction,
+        world: World | None = None,
+        progress: PhaseProgress | None = None,
+    ) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.policy = policy
+        self.prompts = list(prompts)
+        self.reward = reward
+        self.world = world or World()
+        self.progress = progress or (lambda phase, done, total: None)
+        self.step_index = 0
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters.values(),
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+        )
+        shape, device = backbone.latent_shape, backbone.device
+        self.micro_batch = config.train.micro_batch or auto_micro_batch(shape, device, training=True)
+        self.sweep_batch = config.train.sweep_micro_batch or auto_micro_batch(shape, device, training=False)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """Run one step and count it.
+
+        Raises:
+            ScorerError: more pictures than ``reward.max_failed_share`` could not be scored.
+            DivergedError: the loss or the gradient is not finite; the weights are those of before the step.
+        """
+        clock = _Clock()
+        config, world = self.config, self.world
+        group = config.rollout.images_per_prompt
+        share = world.share(config.images_per_step)
+        chosen = prompts_of_step(
+            self.step_index, config.rollout.prompts_per_step, len(self.prompts), config.train.seed
+        )
+        prompts = [self.prompts[chosen[i // group]] for i in share]
+
+        endpoints = self._rollout(prompts, share)
+        clock.lap("sample")
+        with ThreadPoolExecutor(1) as pool:
+            # Neither velocity needs the reward: they are computed while the scorer works.
+            pending = pool.submit(self._score, endpoints, prompts)
+            sweep = self._sweep(endpoints, share)
+            clock.lap("sweep")
+            scores = pending.result()
+        clock.lap("score")
+
+        gathered = _gather_scores(world, scores, prompts)
+        self._refuse_failures(gathered)
+        advantages = group_advantages(
+            torch.from_numpy(gathered.value),
+            torch.arange(config.images_per_step) // group,
+            failed=torch.from_numpy(gathered.failed),
+            epsilon=config.ram.advantage_epsilon,
+            scale=config.ram.advantage_scale,
+            clip=config.ram.advantage_clip,
+        )
+        figures = self._regress(endpoints, share, sweep, advantages.value[share.start : share.stop])
+        clock.lap("train")
+        self._lag()
+        self.step_index += 1
+        metrics = {
+            "step": float(self.step_index),
+            **reward_metrics(gathered),
+            "advantage/abs_mean": float(advantages.value.abs().mean()),
+            "advantage/flat_groups": advantages.flat_groups,
+            **figures,
+            **clock.metrics(),
+            "images_per_second": config.images_per_step / clock.total(),
+        }
+        return StepResult(metrics, endpoints.images, prompts)
+
+    def _rollout(self, prompts: list[Prompt], share: range) -> Endpoints:
+        config = self.config
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress("sample", done, len(share))
+
+        return generate(
+            self.backbone,
+            self.policy.network("old"),
+            [prompt.text for prompt in prompts],
+            [keyed_seed(config.train.seed, "endpoint", self.step_index, i) for i in share],
+            steps=config.rollout.sampling_steps,
+            guidance_scale=config.rollout.guidance_scale,
+            micro_batch=config.rollout.micro_batch,
+            progress=progress,
+        )
+
+    def _score(self, endpoints: Endpoints, prompts: list[Prompt]) -> Scores:
+        return self.reward.score(endpoints.images, prompts)
+
+    def _refuse_failures(self, scores: GatheredScores) -> None:
+        failed = np.flatnonzero(scores.failed)
+        if len(failed) > self.config.reward.max_failed_share * len(scores.failed) or len(failed) == len(scores.failed):
+            first = int(failed[0])
+            raise ScorerError(
+                f"Step {self.step_index + 1}: {len(failed)} of {len(scores.failed)} pictures could not be scored "
+                f"(numbers {', '.join(map(str, failed[:8]))}{' …' if len(failed) > 8 else ''}); the first one, for "
+                f"{scores.prompts[first].text!r}: {scores.errors[first]}"
+            )
+
+    # -- regression items -------------------------------------------------------------------------------------------
+
+    def _noise(self, latents: Tensor, images: Sequence[int], noisings: Sequence[int]) -> _Items:
+        """The items (global picture, noising) for these rows of latents, from their keys."""
+        config, device = self.config, latents.device
+        ram, seed, k = config.ram, config.train.seed, self.step_index
+        ids = [i * ram.noisings_per_image + n for i, n in zip(images, noisings, strict=True)]
+        uniform = keyed_uniform([keyed_seed(seed, "time", k, i) for i in ids])
+        if ram.stratify_times:
+            uniform = (uniform + torch.tensor(noisings, dtype=torch.float64)) / ram.noisings_per_image
+        t64 = power_law_times(uniform, ram.time_power, ram.min_time, ram.max_time)
+        t = t64.float().to(device)
+        epsilon = keyed_normal([keyed_seed(seed, "noising", k, i) for i in ids], latents.shape[1:], device)
+        path = self.backbone.path
+        if not ram.path_cost:
+            return _Items(path.noising(latents, epsilon, t), path.velocity_target(latents, epsilon, t), t)
+        between = keyed_uniform([keyed_seed(seed, "time_between", k, i) for i in ids])
+        low = t64.clamp(max=ram.path_cost_min_time)  # an item below the smallest time has an empty span
+        s = (low + between * (t64 - low)).float().to(device)
+        epsilon_s = keyed_normal([keyed_seed(seed, "noising_between", k, i) for i in ids], latents.shape[1:], device)
+        bridge = draw_bridge(path=path, x0=latents, epsilon_s=epsilon_s, epsilon_t=epsilon, s=s, t=t)
+        return _Items(bridge.x_t, bridge.y_0, t, bridge.x_s, bridge.y_s, s)
+
+    def _batches(
+        self, share: range, size: int, noisings: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Micro-batches over the local pictures times ``noisings``: (local rows, global pictures, noisings)."""
+        pairs = [(row, n) for row in range(len(share)) for n in noisings]
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            rows = [row for row, _ in part]
+            yield rows, [share[row] for row in rows], [n for _, n in part]
+
+    @torch.no_grad()
+    def _sweep(self, endpoints: Endpoints, share: range) -> _Sweep:
+        """v_ref and v_old of every item: the old network first (it is the one loaded), then the reference."""
+        count = self.config.ram.noisings_per_image
+        with_cost = self.config.ram.path_cost
+        velocities: dict[str, Tensor] = {}
+        between: dict[str, Tensor] = {}
+        done, total = 0, 2 * len(share) * count
+        times, times_s = [], []
+        for which in ("old", "reference"):
+            network = self.policy.network(which)
+            parts, parts_s = [], []
+            for rows, images, noisings in self._batches(share, self.sweep_batch, range(count)):
+                items = self._noise(endpoints.latents[rows], images, noisings)
+                text = endpoints.text.select(endpoints.text_row[rows])
+                parts.append(self.backbone.velocity(network, items.x_t, items.t, text))
+                if items.x_s is not None and items.s is not None:
+                    parts_s.append(self.backbone.velocity(network, items.x_s, items.s, text))
+                    if which == "old":
+                        times.append(items.t)
+                        times_s.append(items.s)
+                done += len(rows)
+                self.progress("sweep", done, total)
+            velocities[which] = torch.cat(parts)
+            if with_cost:
+                between[which] = torch.cat(parts_s)
+        cost_s = cost_t = None
+        if with_cost:
+            path = self.backbone.path
+            cost_t = path_cost(v=velocities["old"], v_ref=velocities["reference"], path=path, t=torch.cat(times))
+            cost_s = path_cost(v=between["old"], v_ref=between["reference"], path=path, t=torch.cat(times_s))
+        return _Sweep(velocities["reference"], velocities["old"], cost_s, cost_t)
+
+    def _target(self, items: _Items, sweep: _Sweep, chosen: Tensor, advantage: Tensor) -> Tensor:
+        v_old = sweep.v_old[chosen]
+        scaled = (self.config.ram.reward_multiplier * advantage).to(v_old.device)
+        target = ram_target(v_ref=sweep.v_ref[chosen], v_old=v_old, y=items.y, scaled_advantage=scaled)
+        if items.y_s is None or sweep.cost_s is None or sweep.cost_t is None:
+            return target
+        low = items.t.clamp(max=self.config.ram.path_cost_min_time)
+        return target + path_cost_correction(
+            cost_s=sweep.cost_s[chosen], cost_t=sweep.cost_t[chosen], span=items.t - low, y_s=items.y_s, v_t=v_old
+        )
+
+    # -- update -----------------------------------------------------------------------------------------------------
+
+    def _regress(self, endpoints: Endpoints, share: range, sweep: _Sweep, advantages: Tensor) -> dict[str, float]:
+        """Accumulate the gradient of all items and update; ``updates_per_step`` times, each on its own noisings."""
+        count, updates = self.config.ram.noisings_per_image, self.config.ram.updates_per_step
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, target², drift, summed over items
+        norms = []
+        done = 0
+        for update in range(updates):
+            chosen_noisings = range(update * count // updates, (update + 1) * count // updates)
+            total = self.config.images_per_step * len(chosen_noisings)
+            self.optimizer.zero_grad(set_to_none=True)
+            for rows, images, noisings in self._batches(share, self.micro_batch, chosen_noisings):
+                items = self._noise(endpoints.latents[rows], images, noisings)
+                text = endpoints.text.select(endpoints.text_row[rows])
+                chosen = torch.tensor([row * count + n for row, n in zip(rows, noisings, strict=True)])
+                chosen = chosen.to(items.x_t.device)
+                target = self._target(items, sweep, chosen, advantages[rows])
+                prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
+                losses = regression_loss(prediction, target)
+                self._refuse_nonfinite(losses.detach(), images)
+                (losses.sum() / total).backward()  # type: ignore[no-untyped-call]
+                drift = regression_loss(prediction.detach(), sweep.v_ref[chosen])
+                size = target.square().flatten(1).mean(1)
+                sums += torch.stack([losses.detach().sum(), size.sum(), drift.sum()]).double().cpu()
+                done += len(rows)
+                self.progress("train", done, len(share) * count)
+            norms.append(self._update())
+        self.world.sum_([sums])
+        loss, target_square, drift_mean = (sums / self.config.items_per_step).tolist()
+        return {
+            "loss": loss,
+            "target_norm": math.sqrt(target_square),
+            "drift": drift_mean,
+            "grad_norm": sum(norms) / len(norms),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _refuse_nonfinite(self, losses: Tensor, images: Sequence[int]) -> None:
+        bad = sorted({image for image, ok in zip(images, torch.isfinite(losses).tolist(), strict=True) if not ok})
+        if bad:
+            raise DivergedError(
+                f"Step {self.step_index + 1}: the loss of pictures {', '.join(map(str, bad[:8]))} is not finite. "
+                "Lower optimizer.lr or ram.reward_multiplier, or set ram.advantage_clip."
+            )
+
+    def _update(self) -> float:
+        """Sum gradients over processes, clip, step; the gradient's norm before clipping."""
+        parameters = list(self.policy.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # a process with an empty share takes part in the sum all the same
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.sum_([p.grad for p in parameters if p.grad is not None])
+        limit = self.config.optimizer.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"Step {self.step_index + 1}: the gradient is not finite. Lower optimizer.lr or ram.reward_multiplier."
+            )
+        warmup = self.config.optimizer.warmup_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * min(1.0, (self.step_index + 1) / max(1, warmup))
+        self.optimizer.step()
+        return norm
+
+    def _lag(self) -> None:
+        """The two moving averages: the old weights that sample next, the weights that are evaluated."""
+        ram, evaluation, k = self.config.ram, self.config.evaluation, self.step_index
+        self.policy.follow("old", old_decay(k, ram.old_ema_decay, ram.old_ema_warmup))
+        self.policy.follow("evaluation", evaluation_decay(k, evaluation.ema_decay, warmup=evaluation.ema_warmup))
+
+
+@dataclass(frozen=True)
+class GatheredScores:
+    """Scores of all pictures of a step, in global order, on every process."""
+
+    value: NDArray[np.float32]
+    strict: NDArray[np.float32] | None
+    details: dict[str, NDArray[np.float32]]
+    failed: NDArray[np.bool_]
+    errors: list[str | None]
+    prompts: list[Prompt]
+
+
+def _gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
+    parts = world.gather((scores.value, scores.strict, dict(scores.details), scores.failed, list(scores.errors), prompts))
+    names = list(dict.fromkeys(name for part in parts for name in part[2]))
+
+    def column(pick: Callable[[int], NDArray[np.float32] | None]) -> NDArray[np.float32]:
+        columns = [pick(i) for i in range(len(parts))]
+        return np.concatenate(
+            [
+                np.full(len(part[0]), np.nan, np.float32) if values is None else values
+                for part, values in zip(parts, columns, strict=True)
+            ]
+        )
+
+    return GatheredScores(
+        value=column(lambda i: parts[i][0]),
+        strict=column(lambda i: parts[i][1]) if any(part[1] is not None for part in parts) else None,
+        details={name: column(lambda i, name=name: parts[i][2].get(name)) for name in names},  # type: ignore[misc]
+        failed=np.concatenate([part[3] for part in parts]),
+        errors=[error for part in parts for error in part[4]],
+        prompts=[prompt for part in parts for prompt in part[5]],
+    )
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+    def metrics(self) -> dict[str, float]:
+        return {**{f"seconds/{name}": value for name, value in self._laps.items()}, "seconds/total": self.total()}

@@ -1,0 +1,95 @@
+"""Prompt records and their JSONL files.
+
+A line of a prompt file is one JSON object with a ``prompt`` string; every other key is metadata for the scorers.
+GenEval's own ``evaluation_metadata.jsonl`` (``tag``, ``include``, ``exclude``, ``prompt``) is read as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ramctl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: the text the model reads and the metadata the scorers read."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tag(self) -> str:
+        """The prompt's kind (``metadata["tag"]``), ``"all"`` when it has none; metrics are split by it."""
+        return str(self.metadata.get("tag", "all"))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of this prompt's line."""
+        return {**self.metadata, "prompt": self.text}
+
+
+def parse_prompt(line: str, where: str) -> Prompt:
+    """One JSONL line as a :class:`Prompt`; ``where`` (file and line number) opens the error message.
+
+    Raises:
+        DataError: the line is not a JSON object, or has no non-empty ``prompt`` string.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object such as {{\"prompt\": \"…\"}}, got {type(row).__name__}.")
+    text = row.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: the key \"prompt\" must be a non-empty string, got {text!r}.")
+    return Prompt(text=text, metadata={key: value for key, value in row.items() if key != "prompt"})
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """All prompts of a file: JSON lines, or with the suffix ``.txt`` one plain prompt per line.
+
+    Raises:
+        DataError: no such file, no prompt in it, or a broken line (its number is named).
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"Prompt file {file} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Prompt file {file} cannot be read: {error}.") from None
+    plain = file.suffix == ".txt"
+    prompts = [
+        Prompt(text=line.strip()) if plain else parse_prompt(line, f"{file}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise DataError(f"Prompt file {file} holds no prompts.")
+    return prompts
+
+
+def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
+    """Write prompts as JSON lines (UTF-8, keys in insertion order), ``prompt`` last."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in prompts]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spread_by_tag(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """``count`` prompts of the list, taking the tags in turn, so that a short selection shows every kind."""
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    chosen: list[Prompt] = []
+    depth = 0
+    while len(chosen) < min(count, len(prompts)):
+        chosen.extend(rows[depth] for rows in by_tag.values() if depth < len(rows))
+        depth += 1
+    return chosen[:count]
