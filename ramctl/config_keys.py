@@ -223,7 +223,7 @@ def suggestion(path: Path) -> str:
     last = path[-1]
     table = path[:-1] if is_table(path[:-1]) else ()
     groups = [
-        # The same name in another section; then a slip in this one, which at the top may be a section; then any.
+        # The same name in another section, then a slip in this one (at the top: a section), then in any.
         {dotted(leaf.path): last for leaf in leaves() if leaf.path[-1] == last and not leaf.free},
         {dotted((*table, name)): name for name in _children(table)} if table == path[:-1] else {},
         {dotted(leaf.path): leaf.path[-1] for leaf in leaves() if not leaf.free},
@@ -233,6 +233,10 @@ def suggestion(path: Path) -> str:
         found = [key for name in near for key, value in group.items() if value == name]
         if found:
             return f" Did you mean {' or '.join(map(repr, found[:3]))}?"
+    words = last.replace("_", " ")
+    described = [leaf for leaf in leaves() if words and words in (leaf.field.description or "").lower()]
+    if described:
+        return f" Did you mean {dotted(described[0].path)!r}?"
     if table:
         return f" `ramctl presets explain {dotted(table)}` lists the keys of [{dotted(table)}]."
     return f" The sections are {', '.join(name for name in Config.model_fields if is_table((name,)))}."
@@ -244,8 +248,7 @@ def parse_text(leaf: Leaf, text: str) -> Any:
     Text that is no such value is returned as it stands (or as the number it is), for the schema to refuse.
     """
     word = text.strip()
-    if leaf.optional and word.lower() in _NONE_WORDS:
-        return None
+    pass
     base = leaf.base
     if base is bool:
         return {"true": True, "false": False}.get(word.lower(), text)
@@ -285,7 +288,10 @@ def parse_overrides(arguments: Sequence[str], options: Iterable[str] = ()) -> li
     while words:
         word = words.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise UsageError(f"Unexpected argument {word!r}. Settings are given as --key VALUE.")
+            raise UsageError(
+                f"Unexpected argument {word!r}. Settings are given as --key VALUE, "
+                "after the command's own arguments."
+            )
         name, equals, value = word[2:].partition("=")
         path, negated = _resolve_option(name, options)
         leaf = find_leaf(path)

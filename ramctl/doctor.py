@@ -243,7 +243,7 @@ def check_gpu() -> Check:
                 ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
                 if float((ones @ ones).float().sum()) != 64.0**3:
                     broken.append(f"device {index} multiplies wrongly")
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             broken.append(f"device {index}: {_reason(error)}")
     if broken:
         remedy = (

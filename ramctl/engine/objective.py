@@ -79,9 +79,7 @@ def draw_bridge(
 
 
 @torch.no_grad()
-def path_cost_correction(
-    *, cost_s: Tensor, cost_t: Tensor, span: Tensor, y_s: Tensor, v_t: Tensor
-) -> Tensor:
+def path_cost_correction(*, cost_s: Tensor, cost_t: Tensor, span: Tensor, y_s: Tensor, v_t: Tensor) -> Tensor:
     """−span·(φ_s(X_s) − φ_t(X_t))·(Y^(s) − v_t): what basic RAM drops, estimated from one intermediate time.
 
     The running KL cost enters as a negative reward paid at time s with its own bridge velocity. φ_t(X_t) is a baseline:

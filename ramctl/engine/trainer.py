@@ -139,7 +139,7 @@ class Trainer:
             scores = pending.result()
         clock.lap("score")
 
-        gathered = _gather_scores(world, scores, prompts)
+        gathered = gather_scores(world, scores, prompts)
         self._refuse_failures(gathered)
         advantages = group_advantages(
             torch.from_numpy(gathered.value),
@@ -358,7 +358,8 @@ class GatheredScores:
     prompts: list[Prompt]
 
 
-def _gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
+def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
+    """All processes' scores in rank order, which is the global order of contiguous shares."""
     parts = world.gather((scores.value, scores.strict, dict(scores.details), scores.failed, list(scores.errors), prompts))
     names = list(dict.fromkeys(name for part in parts for name in part[2]))
 

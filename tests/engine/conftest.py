@@ -32,8 +32,9 @@ class Posterior:
 class TiltedLaw:
     """The end law ∝ p_ref(x_0) exp(tilt · r(x_0)), noised along a path.
 
-    Given X_t = x the integral runs over the noise ε on an even grid in [−9, 9]: the integrand is smooth and decays as a
-    Gaussian, so the trapezoid rule is exact to rounding whatever t is.
+    Given X_t = x the integral runs over an even grid of x_0: nine noise widths around x/a where the kernel is
+    narrow, [−14, 14] where it is wider than the laws used here. The integrand is smooth and decays as a Gaussian,
+    so the trapezoid rule is exact to rounding at every t in (0, 1).
     """
 
     path: GaussianPath
@@ -45,8 +46,10 @@ class TiltedLaw:
         """Posterior at the points x [M], all at time t or each at its own t [M]."""
         t = torch.as_tensor(t, dtype=torch.float64)
         t = t[:, None] if t.ndim else t
-        epsilon = torch.linspace(-9, 9, self.nodes, dtype=torch.float64).expand(len(x), -1)
-        x0 = (x[:, None] - self.path.b(t) * epsilon) / self.path.a(t)
+        a, b = self.path.a(t), self.path.b(t)
+        grid = torch.linspace(-1, 1, self.nodes, dtype=torch.float64)
+        x0 = torch.where(b < a, x[:, None] / a + 9 * b / a * grid, 14 * grid)
+        epsilon = (x[:, None] - a * x0) / b
         log_weight = -0.5 * epsilon**2 + self.log_density(x0) + tilt * self.reward(x0)
         y = self.path.a_dot(t) * x0 + self.path.b_dot(t) * epsilon
         return Posterior(x0, epsilon, y, torch.softmax(log_weight, 1))
@@ -89,7 +92,11 @@ def gaussian() -> Callable[..., TiltedLaw]:
     """A Gaussian reference N(mean, std²) with any reward."""
 
     def build(
-        reward: Function = torch.zeros_like, *, mean: float = 0.0, std: float = 1.0, path: GaussianPath | None = None
+        reward: Function = torch.zeros_like,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        path: GaussianPath | None = None,
     ) -> TiltedLaw:
         return TiltedLaw(path or LinearPath(), lambda x: -0.5 * ((x - mean) / std) ** 2, reward)
 

@@ -60,21 +60,25 @@ def test_a_nearly_equal_group_is_not_blown_up() -> None:
 def test_a_constant_added_to_every_reward_changes_nothing(shift: float) -> None:
     rewards, groups = random_rewards(3, 8), groups_of(3, 8)
     expected = group_advantages(rewards, groups).value
-    torch.testing.assert_close(group_advantages(rewards + shift, groups).value, expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        group_advantages(rewards + shift, groups).value, expected, rtol=1e-10, atol=1e-11
+    )
 
 
 def test_a_constant_per_prompt_drops_out_of_the_centring() -> None:
     rewards, groups = random_rewards(3, 8), groups_of(3, 8)
     shifted = rewards + rewards_of(5, -2, 40)[groups]
     torch.testing.assert_close(
-        group_advantages(shifted, groups, scale="none").value, group_advantages(rewards, groups, scale="none").value
+        group_advantages(shifted, groups, scale="none").value,
+        group_advantages(rewards, groups, scale="none").value,
     )
 
 
 def test_scaling_the_rewards_leaves_the_advantages() -> None:
     rewards, groups = random_rewards(3, 8), groups_of(3, 8)
     torch.testing.assert_close(
-        group_advantages(1e3 * rewards, groups, epsilon=0.0).value, group_advantages(rewards, groups, epsilon=0.0).value
+        group_advantages(1e3 * rewards, groups, epsilon=0.0).value,
+        group_advantages(rewards, groups, epsilon=0.0).value,
     )
 
 
@@ -107,13 +111,17 @@ def test_failed_rewards_leave_both_statistics() -> None:
 
 def test_a_group_that_failed_entirely_does_not_count_as_flat() -> None:
     rewards = rewards_of(math.nan, math.nan, 1, 3)
-    got = group_advantages(rewards, groups_of(2, 2), failed=torch.tensor([True, True, False, False]), epsilon=0.0)
+    got = group_advantages(
+        rewards, groups_of(2, 2), failed=torch.tensor([True, True, False, False]), epsilon=0.0
+    )
     torch.testing.assert_close(got.value, rewards_of(0, 0, -1, 1))
     assert got.flat_groups == 0.0
 
 
 def test_everything_failed() -> None:
-    got = group_advantages(torch.full((4,), math.nan), groups_of(2, 2), failed=torch.ones(4, dtype=torch.bool))
+    got = group_advantages(
+        torch.full((4,), math.nan), groups_of(2, 2), failed=torch.ones(4, dtype=torch.bool)
+    )
     assert torch.equal(got.value, torch.zeros(4, dtype=torch.float64))
     assert (got.flat_groups, got.reward_std) == (0.0, 0.0)
 
@@ -140,13 +148,16 @@ def test_bad_input_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("size", "share"), [(24, 0.958333), (4, 0.75), (2, 0.5)])
-def test_a_picture_moves_its_own_advantage_by_one_minus_one_over_the_group_size(size: int, share: float) -> None:
+def test_a_picture_moves_its_own_advantage_by_one_minus_one_over_the_group_size(
+    size: int, share: float
+) -> None:
     rewards = random_rewards(2, size)
     bumped = rewards.clone()
     bumped[0] += 0.25
     groups = groups_of(2, size)
     moved = (
-        group_advantages(bumped, groups, scale="none").value - group_advantages(rewards, groups, scale="none").value
+        group_advantages(bumped, groups, scale="none").value
+        - group_advantages(rewards, groups, scale="none").value
     )
     assert moved[0].item() / 0.25 == pytest.approx(share, abs=5e-7)
     assert moved[1].item() / 0.25 == pytest.approx(-1 / size, abs=1e-12)

@@ -79,7 +79,9 @@ def test_diffusion_of_each_path_in_closed_form() -> None:
     t = f64(0.1, 0.5, 0.9)
     torch.testing.assert_close(LinearPath().diffusion_squared(t), 2 * t / (1 - t))
     torch.testing.assert_close(CosinePath().diffusion_squared(t), math.pi * torch.tan(math.pi / 2 * t))
-    torch.testing.assert_close(VarianceExplodingPath(3.0).diffusion_squared(t), 18 * t)  # d(b²)/dt where a = 1
+    torch.testing.assert_close(
+        VarianceExplodingPath(3.0).diffusion_squared(t), 18 * t
+    )  # d(b²)/dt where a = 1
 
 
 @paths
@@ -113,7 +115,9 @@ def test_scalar_times_pass_through() -> None:
 
 @paths
 @pytest.mark.parametrize(("t", "x"), [(0.3, 0.4), (0.6, -0.5), (0.85, 1.3)])
-def test_score_is_the_gradient_of_the_log_marginal(mixture: Any, path: GaussianPath, t: float, x: float) -> None:
+def test_score_is_the_gradient_of_the_log_marginal(
+    mixture: Any, path: GaussianPath, t: float, x: float
+) -> None:
     law, at = mixture(path), f64(x)
     expected = derivative(lambda z: law.log_marginal(z, t), at)
     got = path.score(law.velocity(at, t), at, f64(t))
@@ -190,7 +194,9 @@ def test_linear_bridge_velocity_in_its_textbook_form() -> None:
 
 @paths
 @pytest.mark.parametrize("x_s", [-0.8, 0.5, 1.9])
-def test_bridge_velocity_is_the_score_of_the_backward_kernel(mixture: Any, path: GaussianPath, x_s: float) -> None:
+def test_bridge_velocity_is_the_score_of_the_backward_kernel(
+    mixture: Any, path: GaussianPath, x_s: float
+) -> None:
     # ½ g_t² ∇_{x_t} log p_{s|t}(x_s | x_t) = v_t − Y^(s), with p_{s|t} ∝ p_{t|s}(x_t | x_s)/p_t(x_t).
     law, s, t, at = mixture(path), f64(0.25), 0.6, f64(0.4)
     alpha, beta = path.transition(s, f64(t))
@@ -230,7 +236,11 @@ def test_each_prediction_type_is_the_named_quantity(path: GaussianPath, predicti
 @paths
 @pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_conversion_there_and_back(path: GaussianPath, prediction: Prediction) -> None:
-    velocity, x_t, t = normal(6, 2, 3), normal(6, 2, 3, seed=1), torch.linspace(0.05, 0.95, 6, dtype=torch.float64)
+    velocity, x_t, t = (
+        normal(6, 2, 3),
+        normal(6, 2, 3, seed=1),
+        torch.linspace(0.05, 0.95, 6, dtype=torch.float64),
+    )
     c, d = (broadcast_times(k, x_t) for k in path.prediction_coefficients(prediction, t))
     back = path.to_velocity(c * velocity + d * x_t, prediction, x_t, t)
     torch.testing.assert_close(back, velocity, rtol=1e-12, atol=1e-11)

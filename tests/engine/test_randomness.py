@@ -43,7 +43,9 @@ def test_a_row_depends_on_its_own_seed_only() -> None:
     assert together.shape == (8, 2, 5, 3)
     assert together.dtype == torch.float32
     assert torch.equal(keyed_normal(keys[::-1], (2, 5, 3), CPU), together.flip(0))
-    halves = [keyed_normal(part, (2, 5, 3), CPU) for part in (keys[:3], keys[3:])]  # as two processes would draw
+    halves = [
+        keyed_normal(part, (2, 5, 3), CPU) for part in (keys[:3], keys[3:])
+    ]  # as two processes would draw
     assert torch.equal(torch.cat(halves), together)
 
 

@@ -1,0 +1,135 @@
+"""``ramctl train``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ramctl.cli._output import result, say
+from ramctl.errors import RamctlError, UsageError
+
+if TYPE_CHECKING:
+    from ramctl.settings import Settings
+    from ramctl.training import Outcome
+
+_EPILOG = (
+    "Any key of the preset can be given as --section.key VALUE, or --key VALUE where the name is unique: "
+    "`ramctl train geneval-tiny --lr 5e-4 --reward-multiplier 20`. `ramctl presets explain KEY` describes one."
+)
+
+
+def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """``["--lr", "1e-4", "--ram.path_cost=true"]`` as (key, value) pairs.
+
+    Raises:
+        UsageError: an argument that is no option, or an option without a value.
+    """
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise UsageError(f"Unexpected argument {option!r}. Overrides are written --key VALUE.")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"Option --{key} needs a value: --{key} VALUE.")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def train(
+    context: typer.Context,
+    preset: Annotated[str, typer.Argument(help="Name of a preset (`ramctl presets`) or a TOML file.")],
+    config: Annotated[Path | None, typer.Option(help="A TOML file laid over the preset.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. Default: outputs/<preset>.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over in a new folder (<output>-2, …); nothing is deleted.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, derived sizes, memory and weights; train nothing.")
+    ] = False,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU processes).")
+    ] = 1,
+) -> None:
+    """Post-train a model. Running the same command again resumes from the newest checkpoint."""
+    from ramctl.settings import load_settings
+
+    settings = load_settings(preset, config_file=config, overrides=split_overrides(context.args))
+    if dry_run:
+        from ramctl.cli._plan import show_plan
+
+        show_plan(settings, processes=num_processes)
+        return
+    if num_processes > 1:
+        from ramctl.launch import is_launched, launch
+
+        if not is_launched():
+            raise typer.Exit(launch(_without_processes(sys.argv[1:]), num_processes))
+    _run(settings, output, fresh=fresh)
+
+
+def _without_processes(arguments: Sequence[str]) -> list[str]:
+    """The command line for each process: the same, less --num-processes."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--num-processes":
+            rest.pop(0)
+        elif not argument.startswith("--num-processes="):
+            kept.append(argument)
+    return kept
+
+
+def _run(settings: Settings, output: Path | None, *, fresh: bool) -> None:
+    from ramctl.cli._progress import TrainingProgress
+    from ramctl.training import train as run_training
+
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        with TrainingProgress() as progress:
+            outcome = run_training(settings, output=output, fresh=fresh, observer=progress)
+    except KeyboardInterrupt:
+        if is_main:
+            again = [word for word in sys.argv[1:] if word != "--fresh"]
+            say(f"Interrupted. The last checkpoint is intact; resume with: ramctl {shlex.join(again)}")
+        raise
+    if is_main:
+        _show(outcome)
+    if outcome.status == "stopped":
+        best = f" The best checkpoint is {outcome.best}." if outcome.best else ""
+        raise RamctlError(f"Stopped at step {outcome.step}: {outcome.reason}.{best}")
+
+
+def _show(outcome: Outcome) -> None:
+    folder = outcome.folder
+    for comparison in outcome.comparisons:
+        result(f"{comparison.name}_before", comparison.before)
+        result(f"{comparison.name}_after", comparison.after)
+        result(f"{comparison.name}_gain", comparison.after - comparison.before)
+        result(f"{comparison.name}_gain_low", comparison.low)
+        result(f"{comparison.name}_gain_high", comparison.high)
+    result("steps", outcome.step)
+    result("seconds", outcome.seconds)
+    result("checkpoint", folder / "latest")
+    if outcome.best:
+        result("best", outcome.best)
+    result("report", folder / "report.html")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "train",
+        epilog=_EPILOG,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(train)

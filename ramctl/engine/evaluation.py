@@ -1,0 +1,83 @@
+"""Held-out evaluation: pictures for fixed prompts and seeds, scored. The training loop and ``ramctl evaluate`` share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ramctl.backbones.base import Backbone
+from ramctl.config import EvaluationSection
+from ramctl.engine.distributed import World
+from ramctl.engine.metrics import Column
+from ramctl.engine.randomness import keyed_seed
+from ramctl.engine.rollout import Progress, generate
+from ramctl.engine.trainer import RewardFunction, gather_scores
+from ramctl.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of all pictures on every process, in order: picture j of prompt i is row i·images_per_prompt + j.
+
+    ``images`` are this process' pictures only, uint8 [n, H, W, 3], the rows ``share`` of the whole.
+    """
+
+    value: Column
+    strict: Column | None
+    details: dict[str, Column]
+    failed: NDArray[np.bool_]
+    errors: list[str | None]
+    prompts: list[Prompt]
+    images: NDArray[np.uint8]
+    share: range
+
+
+def evaluate(
+    backbone: Backbone,
+    network: nn.Module,
+    prompts: Sequence[Prompt],
+    reward: RewardFunction,
+    settings: EvaluationSection,
+    world: World | None = None,
+    *,
+    micro_batch: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Draw and score ``images_per_prompt`` pictures for each prompt.
+
+    The noise of picture j of prompt i is keyed by (evaluation seed, i·images_per_prompt + j), so two sets of weights are
+    compared on the same noise.
+    """
+    world = world or World()
+    repeated = [prompt for prompt in prompts for _ in range(settings.images_per_prompt)]
+    share = world.share(len(repeated))
+    mine = [repeated[i] for i in share]
+    seeds = [keyed_seed(settings.seed, "evaluation", 0, i) for i in share]
+    images = np.zeros((0, 1, 1, 3), dtype=np.uint8)
+    if mine:
+        images = generate(
+            backbone,
+            network,
+            [prompt.text for prompt in mine],
+            seeds,
+            steps=settings.sampling_steps,
+            guidance_scale=settings.guidance_scale,
+            negative_prompt=settings.negative_prompt,
+            micro_batch=micro_batch,
+            progress=progress,
+        ).images
+    gathered = gather_scores(world, reward.score(images, mine), mine)
+    return Evaluation(
+        value=gathered.value,
+        strict=gathered.strict,
+        details=gathered.details,
+        failed=gathered.failed,
+        errors=gathered.errors,
+        prompts=gathered.prompts,
+        images=images,
+        share=share,
+    )

@@ -1,0 +1,98 @@
+"""Starts N processes of this same command on one machine, joined by torch.distributed's environment variables.
+
+Several machines are the business of ``accelerate launch`` or ``torchrun``, which set the same variables.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO
+
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 20.0
+
+
+def is_launched() -> bool:
+    """Whether this process is already one of several (started by us, accelerate or torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``ramctl <arguments>`` in that many processes; the exit code of the run.
+
+    The first process owns the terminal. The others' messages are kept aside and shown only if the first one had nothing to
+    say itself, so that a mistake of the user's is reported once. When one process fails the rest are ended.
+    """
+    port = _free_port()
+    running: list[subprocess.Popen[bytes]] = []
+    logs: list[IO[bytes]] = []
+    for rank in range(processes):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "ramctl", *arguments]
+        if rank == 0:
+            running.append(subprocess.Popen(command, env=environment))
+            continue
+        log = tempfile.TemporaryFile()
+        logs.append(log)
+        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        return _wait(running, logs)
+    except KeyboardInterrupt:  # the terminal has sent it to the children, too
+        _end(running, terminate=False)
+        return 130
+    finally:
+        for log in logs:
+            log.close()
+
+
+def _wait(running: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in running]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            time.sleep(1.0)  # the first process usually fails for the same reason, and says it better
+            first_spoke = running[0].poll() not in (None, 0)
+            _end(running, terminate=True)
+            if not first_spoke:
+                log = logs[failed[0] - 1]
+                log.seek(0)
+                sys.stderr.write(f"Process {failed[0]} failed:\n" + log.read().decode(errors="replace")[-2000:])
+            code = running[0].returncode if first_spoke else running[failed[0]].returncode
+            return code if code and code > 0 else 1
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(running: list[subprocess.Popen[bytes]], *, terminate: bool) -> None:
+    """Let every process end, asked politely first."""
+    for process in running:
+        if terminate and process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,531 @@
+"""A training run from settings to report: resume, the loop, evaluations, checkpoints, tracking, pictures."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import ramctl
+from ramctl.backbones.base import Backbone
+from ramctl.backbones.registry import load_backbone
+from ramctl.config import Config
+from ramctl.engine.checkpoint import CheckpointStore
+from ramctl.engine.distributed import World, connect
+from ramctl.engine.evaluation import Evaluation, evaluate
+from ramctl.engine.guard import Guard
+from ramctl.engine.metrics import paired_interval, reward_metrics
+from ramctl.engine.policy import Policy
+from ramctl.engine.trainer import StepResult, Trainer
+from ramctl.errors import RamctlError
+from ramctl.image_stats import image_statistics
+from ramctl.images import make_grid, save_png
+from ramctl.prompts import Prompt, read_prompts, spread_by_tag
+from ramctl.report import Comparison, ConfigRow, Grid, Report, write_report
+from ramctl.resources import find_resource
+from ramctl.runfolder import RunFolder, numbered, require_checkpoint
+from ramctl.scorers.composite import Reward, Term
+from ramctl.scorers.registry import create
+from ramctl.settings import Settings
+from ramctl.tracking import NoTracker, Tracker, make_tracker
+
+_GRID_SCALE_TO = 128
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "mlflow")
+
+
+class Observer(Protocol):
+    """Who is told how a run goes: the command line draws progress bars from it."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress inside a step or an evaluation."""
+        ...
+
+    def started(self, step: int, steps: int, folder: Path) -> None:
+        """The loop begins after ``step`` finished steps."""
+        ...
+
+    def step(self, metrics: dict[str, float], steps: int) -> None:
+        """A step is finished."""
+        ...
+
+    def evaluated(self, row: dict[str, float]) -> None:
+        """A held-out evaluation is finished."""
+        ...
+
+
+class SilentObserver:
+    """Tells nobody; used by every process but the main one."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def started(self, step: int, steps: int, folder: Path) -> None:
+        """Nothing."""
+
+    def step(self, metrics: dict[str, float], steps: int) -> None:
+        """Nothing."""
+
+    def evaluated(self, row: dict[str, float]) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``comparisons``: metric → (before, after, low, high) of the held-out pictures' difference."""
+
+    status: Literal["finished", "stopped"]
+    folder: Path
+    step: int
+    seconds: float
+    reason: str = ""
+    best: Path | None = None
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+
+def make_reward(config: Config) -> Reward:
+    """The preset's scorers with their weights (nothing is loaded yet)."""
+    return Reward(
+        [Term(create(name, dict(term.options)), term.weight, term.scale) for name, term in config.reward.scorers.items()]
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"ramctl": ramctl.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _terminated_like_interrupt() -> Iterator[None]:
+    """A SIGTERM ends the run as Ctrl+C does: cleanly, with the last checkpoint intact."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def train(
+    settings: Settings, *, output: Path | None = None, fresh: bool = False, observer: Observer | None = None
+) -> Outcome:
+    """Run a preset to its end, resuming from the run folder's newest intact checkpoint.
+
+    Args:
+        settings: the resolved preset.
+        output: the run folder; ``outputs/<name>`` by default.
+        fresh: start over in a new folder (``<output>-2``, …) instead of resuming.
+
+    Raises:
+        RamctlError: whatever a user can cause; the run folder then holds everything up to the last checkpoint.
+        KeyboardInterrupt: after Ctrl+C or SIGTERM, with the report written.
+    """
+    config = settings.config
+    world, device = connect(config.runtime.device)
+    told: Observer = observer if observer is not None and world.is_main else SilentObserver()
+    folder = output or Path("outputs") / config.name
+    path = world.broadcast(str(numbered(folder) if fresh else folder))
+    run_folder = RunFolder(Path(path))
+    with _terminated_like_interrupt(), _main_lock(run_folder, world):
+        if world.is_main:
+            run_folder.check_owner(config)
+        run = Run(settings, run_folder, world, device, told)
+        return run.go()
+
+
+@contextmanager
+def _main_lock(folder: RunFolder, world: World) -> Iterator[None]:
+    """The main process holds the lock; the others wait until it has it, and stop when it does not get it."""
+    with ExitStack() as stack:
+        problem: str | None = None
+        refusal: RamctlError | None = None
+        if world.is_main:
+            try:
+                stack.enter_context(folder.locked())
+            except RamctlError as error:
+                problem, refusal = str(error), error
+        problem = world.broadcast(problem)
+        if problem is not None:
+            raise refusal or RamctlError(problem)
+        yield
+
+
+class Run:
+    """One run in its folder."""
+
+    def __init__(
+        self, settings: Settings, folder: RunFolder, world: World, device: torch.device, observer: Observer
+    ) -> None:
+        self.settings, self.config = settings, settings.config
+        self.folder, self.world, self.device, self.observer = folder, world, device, observer
+        self.store = CheckpointStore(folder.path, keep=self.config.checkpoint.keep)
+        self.guard = Guard()
+        self.tracker: Tracker = NoTracker()
+        self.run_id = ""
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+        self.best_value = -np.inf
+        self.config_text = ""
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def go(self) -> Outcome:
+        """Set up, resume, loop, finish."""
+        config = self.config
+        self._set_threads()
+        train_prompts = read_prompts(find_resource(config.prompts.train))
+        held_out = self._held_out()
+        reward = make_reward(config)
+        reward.check_prompts([*train_prompts, *held_out])
+        if self.world.is_main:
+            self.observer.note(f"Checking the scorers {', '.join(reward.names)} on pictures with known answers")
+            reward.self_test()
+        checkpoint = self._find_checkpoint()
+        self.observer.note(f"Loading {config.model.path} on {self.device}")
+        backbone = load_backbone(config, self.device)
+        policy = Policy(backbone, config.lora, seed=config.train.seed)
+        self.trainer = Trainer(
+            config, backbone, policy, train_prompts, reward, self.world, progress=self.observer.phase
+        )
+        extra = self._resume(checkpoint)
+        self.evaluator = _Evaluator(config, backbone, policy, held_out, reward, self.world, self.folder, self.observer)
+        self._start_tracking(str(extra.get("run_id", "")), reward)
+        try:
+            outcome = self._loop()
+        except KeyboardInterrupt:
+            self._finish("killed", "interrupted")
+            raise
+        except BaseException as error:
+            self._finish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        return outcome
+
+    def _set_threads(self) -> None:
+        threads = self.config.runtime.threads or max(1, torch.get_num_threads() // self.world.size)
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads)
+
+    def _held_out(self) -> list[Prompt]:
+        config = self.config
+        if config.prompts.evaluation is None:
+            return []
+        prompts = read_prompts(find_resource(config.prompts.evaluation))
+        count = config.evaluation.prompts
+        return spread_by_tag(prompts, count) if count else prompts
+
+    def _find_checkpoint(self) -> Path | None:
+        path: Path | None = None
+        problems: list[str] = []
+        if self.world.is_main:
+            self.store.sweep_leftovers()
+            path, problems = self.store.newest_intact()
+        path, problems = self.world.broadcast((path, problems))
+        for problem in problems:
+            self.observer.note(f"Damaged checkpoint left aside: {problem}")
+        require_checkpoint(path, problems)
+        if path is not None:
+            self.folder.check_same_experiment(path, self.settings)
+        return path
+
+    def _resume(self, checkpoint: Path | None) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if checkpoint is not None:
+            extra = dict(self.store.restore(checkpoint, self.trainer).extra)
+            self.guard.restore(extra["guard"])
+            self.best_value = extra["best_value"] if extra["best_value"] is not None else -np.inf
+            self.seconds_before = extra["seconds"]
+            self.observer.note(f"Resuming from {checkpoint} (step {self.trainer.step_index})")
+        if self.world.is_main:
+            self.config_text = self.folder.write_config(self.settings)
+            self.folder.rewind(self.trainer.step_index)
+        self.world.barrier()
+        return extra
+
+    def _start_tracking(self, run_id: str, reward: Reward) -> None:
+        if not self.world.is_main:
+            return
+        tracking = self.config.tracking
+        self.tracker = make_tracker(tracking.kind, tracking.uri, tracking.experiment)
+        params = {
+            **self.config.model_dump(),
+            "scorer_versions": reward.versions,
+            "run_folder": str(self.folder.path.resolve()),
+            "versions": versions(),
+        }
+        self.run_id = self.tracker.start(self.config.name, params, run_id or None)
+        self.tracker.log(self.trainer.step_index, {}, [self.folder.path / "config.toml"], "config")
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> Outcome:
+        config, trainer = self.config, self.trainer
+        self.observer.started(trainer.step_index, config.train.steps, self.folder.path)
+        if not self.evaluator.done_at(0):
+            self._evaluate("reference")
+        while trainer.step_index < config.train.steps:
+            result = trainer.step()
+            reason = self._record(result)
+            last = trainer.step_index >= config.train.steps or reason is not None
+            every = config.evaluation.every
+            value = self._evaluate("evaluation") if last or (every and trainer.step_index % every == 0) else None
+            if last or value is not None or trainer.step_index % config.checkpoint.every == 0:
+                self._save(value, diverged=reason is not None)
+            if reason is not None:
+                return self._finish("stopped", reason)
+        return self._finish("finished", "")
+
+    def _record(self, result: StepResult) -> str | None:
+        """Write a step's metrics; the guard's reason to stop, if it has one (the same on every process)."""
+        metrics = dict(result.metrics)
+        reason = self.guard.update(metrics["reward/mean"], metrics["drift"])
+        if self.world.is_main:
+            metrics.update({f"images/{name}": value for name, value in image_statistics(result.images).items()})
+            self.folder.append("metrics.jsonl", metrics)
+            self.tracker.log(int(metrics["step"]), metrics)
+            self.observer.step(metrics, self.config.train.steps)
+        return reason if self.config.train.guard else None
+
+    def _evaluate(self, which: Literal["reference", "evaluation"]) -> float | None:
+        """Evaluate, write the row, the pictures and the report; the mean held-out value."""
+        step = self.trainer.step_index
+        row = self.evaluator.evaluate(which, step)
+        if row is None:
+            return None
+        if self.world.is_main:
+            self.folder.append("evaluations.jsonl", row)
+            self.tracker.log(step, {k: v for k, v in row.items() if k != "step"}, self.evaluator.grid_files(step), "samples")
+            self.observer.evaluated(row)
+            if step:
+                self._write_report("running", "")
+        return row["eval/mean"]
+
+    def _save(self, value: float | None, *, diverged: bool) -> None:
+        """Checkpoint; the best one is that with the highest held-out value (or training reward, without held-out prompts)."""
+        rewards = self.guard.rewards[-self.guard.window :]
+        score = value if value is not None else float(np.mean(rewards)) if not self.evaluator.prompts else None
+        best = score is not None and score > self.best_value and not diverged
+        if best and score is not None:
+            self.best_value = score
+        if self.world.is_main:
+            extra = {
+                "run_id": self.run_id,
+                "guard": self.guard.state(),
+                "best_value": self.best_value if np.isfinite(self.best_value) else None,
+                "seconds": self._seconds(),
+                "versions": versions(),
+            }
+            self.store.save(self.trainer, self.config_text, extra, best=best)
+        self.world.barrier()
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _finish(self, status: Literal["finished", "stopped", "failed", "killed"], reason: str) -> Outcome:
+        outcome = Outcome(
+            status="finished" if status == "finished" else "stopped",
+            folder=self.folder.path,
+            step=self.trainer.step_index,
+            seconds=self._seconds(),
+            reason=reason,
+            best=self.store.best if self.world.is_main else None,
+            evaluations=self.folder.rows("evaluations.jsonl") if self.world.is_main else [],
+            comparisons=self.evaluator.comparisons(self.trainer.step_index) if self.world.is_main else [],
+        )
+        if self.world.is_main:
+            self._write_report("failed" if status == "failed" else outcome.status, reason)
+            for comparison in outcome.comparisons:
+                self.tracker.log(self.trainer.step_index, {f"gain/{comparison.name}": comparison.after - comparison.before})
+            self.tracker.log(self.trainer.step_index, {}, [self.folder.path / "report.html"])
+            self.tracker.finish("killed" if status == "killed" else "failed" if status == "failed" else "finished")
+        return outcome
+
+    def _write_report(self, status: Literal["running", "finished", "stopped", "failed"], reason: str) -> None:
+        step, folder = self.trainer.step_index, self.folder.path
+        best = self.store.best
+        write_report(
+            folder / "report.html",
+            Report(
+                title=self.config.name,
+                preset=self.config.description,
+                status=status,
+                reason=reason,
+                step=step,
+                total_steps=self.config.train.steps,
+                started=datetime.now(UTC),
+                seconds=self._seconds(),
+                best_step=int(best.name.removeprefix("step-")) if best else None,
+                metrics=self.folder.rows("metrics.jsonl"),
+                evaluations=self.folder.rows("evaluations.jsonl"),
+                comparisons=self.evaluator.comparisons(step),
+                grids=self.evaluator.grids(step),
+                config=config_rows(self.settings),
+                versions=versions(),
+                commands={
+                    "Resume": _command_line(),
+                    "Evaluate": f"ramctl evaluate {folder}/latest",
+                    "Sample": f"ramctl sample {folder}/latest --compare-base",
+                },
+            ),
+        )
+
+
+def _command_line() -> str:
+    """The command that resumes this run: the one that was typed, without ``--fresh``."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
+    return " ".join(["ramctl", *arguments]) if arguments else "ramctl train"
+
+
+def config_rows(settings: Settings) -> list[ConfigRow]:
+    """Every key, its value and where it came from."""
+    rows = []
+    for key, source in settings.provenance.items():
+        value: Any = settings.config.model_dump()
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        rows.append(ConfigRow(key, value, source))
+    return rows
+
+
+class _Evaluator:
+    """Held-out evaluations of one run and what is kept of them: rows, values per picture, pictures of fixed prompts."""
+
+    def __init__(
+        self,
+        config: Config,
+        backbone: Backbone,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        world: World,
+        folder: RunFolder,
+        observer: Observer,
+    ) -> None:
+        self.config, self.backbone, self.policy, self.reward = config, backbone, policy, reward
+        self.prompts, self.world, self.folder, self.observer = list(prompts), world, folder, observer
+        shown = {id(prompt) for prompt in spread_by_tag(self.prompts, config.evaluation.picture_prompts)}
+        self.shown = [i for i, prompt in enumerate(self.prompts) if id(prompt) in shown]
+
+    def _file(self, step: int) -> Path:
+        return self.folder.path / "samples" / f"step-{step:06d}.npz"
+
+    def _grid_file(self, step: int) -> Path:
+        return self._file(step).with_suffix(".png")
+
+    def grid_files(self, step: int) -> list[Path]:
+        """The grid picture of an evaluation, for the tracker."""
+        return [path] if (path := self._grid_file(step)).is_file() else []
+
+    def done_at(self, step: int) -> bool:
+        """Whether that step's evaluation is on disk already (or there is nothing to evaluate)."""
+        done = not self.prompts or (
+            self._file(step).is_file() and any(row["step"] == step for row in self.folder.rows("evaluations.jsonl"))
+        )
+        return bool(self.world.broadcast(done))
+
+    def evaluate(self, which: Literal["reference", "evaluation"], step: int) -> dict[str, float] | None:
+        """Draw and score the held-out prompts with one set of weights; the metrics row, None without prompts."""
+        if not self.prompts:
+            return None
+        per_prompt = self.config.evaluation.images_per_prompt
+        total = len(self.world.share(len(self.prompts) * per_prompt))
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            self.observer.phase("evaluate", done, total)
+
+        result = evaluate(
+            self.backbone,
+            self.policy.network(which),
+            self.prompts,
+            self.reward,
+            self.config.evaluation,
+            self.world,
+            micro_batch=self.config.rollout.micro_batch,
+            progress=progress,
+        )
+        pictures = self._fixed_pictures(result, per_prompt)
+        if self.world.is_main:
+            self._keep(result, pictures, step)
+        return {"step": step, **reward_metrics(result, "eval")}
+
+    def _fixed_pictures(self, result: Evaluation, per_prompt: int) -> NDArray[np.uint8]:
+        wanted = {i * per_prompt for i in self.shown}
+        mine = {row: result.images[row - result.share.start] for row in result.share if row in wanted}
+        merged = {row: image for part in self.world.gather(mine) for row, image in part.items()}
+        return np.stack([merged[i * per_prompt] for i in self.shown])
+
+    def _keep(self, result: Evaluation, pictures: NDArray[np.uint8], step: int) -> None:
+        path = self._file(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {"value": result.value, **({} if result.strict is None else {"strict": result.strict})}
+        columns.update({name: column for name, column in result.details.items() if name == "official"})
+        per_prompt = self.config.evaluation.images_per_prompt
+        shown = np.array([result.value[i * per_prompt] for i in self.shown], dtype=np.float32)
+        np.savez_compressed(path, pictures=pictures, shown_value=shown, **columns)
+        scale = max(1, _GRID_SCALE_TO // pictures.shape[1])
+        save_png(make_grid(pictures, columns=min(4, len(pictures)), scale=scale), self._grid_file(step))
+
+    def comparisons(self, step: int) -> list[Comparison]:
+        """Held-out means before and at ``step``, with the bootstrap interval of the paired difference per prompt."""
+        if step == 0 or not (self._file(0).is_file() and self._file(step).is_file()):
+            return []
+        found = []
+        per_prompt = self.config.evaluation.images_per_prompt
+        with np.load(self._file(0)) as before, np.load(self._file(step)) as after:
+            for name in ("strict", "official", "value"):
+                if name not in before or name not in after or before[name].shape != after[name].shape:
+                    continue
+                # Pictures of one prompt are no independent sample: the interval is over prompts.
+                pair = [np.nanmean(part[name].reshape(-1, per_prompt), axis=1) for part in (before, after)]
+                _, low, high = paired_interval(pair[0], pair[1])
+                found.append(
+                    Comparison(name, float(np.nanmean(pair[0])), float(np.nanmean(pair[1])), low, high, len(pair[0]))
+                )
+        return found
+
+    def grids(self, step: int) -> list[Grid]:
+        """The fixed prompts' pictures before and after."""
+        prompts = [self.prompts[i].text for i in self.shown]
+        grids = []
+        for label, at in (("before", 0), ("after", step)):
+            if self._file(at).is_file() and (at or label == "before"):
+                with np.load(self._file(at)) as kept:
+                    scores = [float(v) for v in kept["shown_value"]]
+                    grids.append(Grid(label, at, prompts, kept["pictures"], scores))
+        return grids
