@@ -26,9 +26,7 @@ class ModelSection(Section):
     """The model that is post-trained."""
 
     path: str = Field(description="Diffusers folder or hub id of the base model")
-    family: Literal["sd3"] = Field(
-        default="sd3", description="Backbone family, one module in ramctl/backbones"
-    )
+    family: Literal["sd3"] = Field(default="sd3", description="Backbone family, one module in ramctl/backbones")
     revision: str | None = Field(default=None, description="Hub revision, for a hub id")
     resolution: Positive = Field(default=512, description="Side of the square pictures, pixels")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -37,9 +35,7 @@ class ModelSection(Section):
     use_t5: bool = Field(
         default=True, description="Load the third (T5) text encoder; without it no zero padding is computed"
     )
-    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=256, description="T5 tokens per prompt"
-    )
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = Field(default=256, description="T5 tokens per prompt")
 
 
 class LoraSection(Section):
@@ -85,9 +81,7 @@ class RewardTerm(Section):
     scale: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="The scorer's value is divided by this before weighting"
     )
-    options: dict[str, str | int | float | bool] = Field(
-        default_factory=dict, description="Options of the scorer"
-    )
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="Options of the scorer")
 
 
 class RewardSection(Section):
@@ -108,12 +102,8 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """How endpoints are drawn from the current model."""
 
-    prompts_per_step: Positive = Field(
-        default=48, description="Different prompts per step, over all processes"
-    )
-    images_per_prompt: Annotated[int, Field(ge=2)] = Field(
-        default=24, description="Group size: pictures per prompt"
-    )
+    prompts_per_step: Positive = Field(default=48, description="Different prompts per step, over all processes")
+    images_per_prompt: Annotated[int, Field(ge=2)] = Field(default=24, description="Group size: pictures per prompt")
     sampling_steps: Positive = Field(default=20, description="Euler steps")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         default=2.0, description="Classifier-free guidance of the rollouts; 1 is none"
@@ -134,9 +124,7 @@ class RamSection(Section):
     time_power: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Noise times are drawn from p(t) ∝ t^time_power"
     )
-    stratify_times: bool = Field(
-        default=False, description="Spread the K times of a picture over K quantiles of p(t)"
-    )
+    stratify_times: bool = Field(default=False, description="Spread the K times of a picture over K quantiles of p(t)")
     min_time: Annotated[float, Field(ge=0, lt=1)] = Field(default=1e-3, description="Smallest noise time")
     max_time: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Largest noise time")
     advantage_scale: Literal["pooled_std", "none"] = Field(
@@ -172,12 +160,8 @@ class RamSection(Section):
 class OptimizerSection(Section):
     """AdamW."""
 
-    lr: Annotated[float, Field(gt=0)] = Field(
-        default=3e-4, description="Learning rate, constant after the warm-up"
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Steps of linear learning-rate warm-up"
-    )
+    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Learning rate, constant after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear learning-rate warm-up")
     beta1: Decay = Field(default=0.9, description="AdamW β1")
     beta2: Decay = Field(default=0.99, description="AdamW β2")
     epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW ε")
@@ -193,15 +177,9 @@ class TrainSection(Section):
     steps: Positive = Field(default=500, description="Steps: rollout, score, regress, update")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of prompts, noise and times")
     micro_batch: MicroBatch = Field(default=0, description="Items per gradient pass and process; 0 chooses")
-    sweep_micro_batch: MicroBatch = Field(
-        default=0, description="Items per no-gradient pass and process; 0 chooses"
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, more time"
-    )
-    guard: bool = Field(
-        default=True, description="Stop when the reward falls below its start while the drift explodes"
-    )
+    sweep_micro_batch: MicroBatch = Field(default=0, description="Items per no-gradient pass and process; 0 chooses")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time")
+    guard: bool = Field(default=True, description="Stop when the reward falls below its start while the drift explodes")
 
 
 class EvaluationSection(Section):
@@ -219,9 +197,7 @@ class EvaluationSection(Section):
     negative_prompt: str = Field(default="", description="Negative prompt of the guided pass")
     seed: Annotated[int, Field(ge=0)] = Field(default=1234, description="Seed of the evaluation's noise")
     ema_decay: Decay = Field(default=0.9, description="Decay of the evaluation weights' EMA")
-    ema_warmup: bool = Field(
-        default=False, description="Use min(ema_decay, (1+k)/(10+k)) instead of a constant decay"
-    )
+    ema_warmup: bool = Field(default=False, description="Use min(ema_decay, (1+k)/(10+k)) instead of a constant decay")
     picture_prompts: Positive = Field(default=8, description="Fixed prompts shown in grids and in the report")
 
 
@@ -247,9 +223,7 @@ class TrackingSection(Section):
 class RuntimeSection(Section):
     """The machine."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto takes CUDA where there is one"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
     precision: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Autocast of forward passes; targets, losses and LoRA stay float32"
     )

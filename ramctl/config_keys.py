@@ -122,9 +122,7 @@ def is_table(path: Path) -> bool:
 
 def keys_below(path: Path) -> list[Leaf]:
     """The keys in the table ``path``."""
-    return [
-        leaf for leaf in leaves() if len(leaf.path) > len(path) and all(map(_part_matches, leaf.path, path))
-    ]
+    return [leaf for leaf in leaves() if len(leaf.path) > len(path) and all(map(_part_matches, leaf.path, path))]
 
 
 def info(leaf: Leaf, path: Path | None = None) -> KeyInfo:
@@ -203,9 +201,7 @@ def resolve_key(text: str, where: str = "") -> Path:
         return path
     if is_table(path):
         name = dotted(path)
-        raise ConfigError(
-            f"{name!r} is a section, not a key. `ramctl presets explain {name}` lists its keys."
-        )
+        raise ConfigError(f"{name!r} is a section, not a key. `ramctl presets explain {name}` lists its keys.")
     if len(path) == 1:
         if path[0] in ALIASES:
             return tuple(ALIASES[path[0]].split("."))
@@ -245,10 +241,10 @@ def suggestion(path: Path) -> str:
 def parse_text(leaf: Leaf, text: str) -> Any:
     """Text of the command line as a value of the key's type.
 
-    Text that is no such value is returned as it stands (or as the number it is), for the schema to refuse.
+    Text that is no such value is returned as it stands (or as the number it is), for the schema to refuse;
+    ``none`` stays text until :func:`read_none`.
     """
     word = text.strip()
-    pass
     base = leaf.base
     if base is bool:
         return {"true": True, "false": False}.get(word.lower(), text)
@@ -265,7 +261,7 @@ def parse_text(leaf: Leaf, text: str) -> Any:
 
 
 def read_none(leaf: Leaf | None, value: Any) -> Any:
-    """``"none"`` in a file as None, where the key may be none."""
+    """``"none"`` as None, where the key may be none."""
     if leaf is not None and leaf.optional and isinstance(value, str) and value.lower() in _NONE_WORDS:
         return None
     return value
@@ -289,8 +285,7 @@ def parse_overrides(arguments: Sequence[str], options: Iterable[str] = ()) -> li
         word = words.pop(0)
         if not word.startswith("--") or len(word) == 2:
             raise UsageError(
-                f"Unexpected argument {word!r}. Settings are given as --key VALUE, "
-                "after the command's own arguments."
+                f"Unexpected argument {word!r}. Settings are given as --key VALUE, after the command's own arguments."
             )
         name, equals, value = word[2:].partition("=")
         path, negated = _resolve_option(name, options)

@@ -211,9 +211,7 @@ def check_torch() -> Check:
         backends = [name for name in ("gloo", "nccl") if getattr(distributed, f"is_{name}_available")()]
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     cpu = torch.backends.cpu.get_cpu_capability()
-    detail = (
-        f"{torch.__version__} with {built}, CPU {cpu}, processes talk over {', '.join(backends) or 'nothing'}"
-    )
+    detail = f"{torch.__version__} with {built}, CPU {cpu}, processes talk over {', '.join(backends) or 'nothing'}"
     if not backends:
         return Check("torch", "warning", detail, "One process only: this build has no torch.distributed.")
     return Check("torch", "ok", detail)
@@ -227,17 +225,13 @@ def check_gpu() -> Check:
         if any(path.exists() for path in _NVIDIA_DRIVER):
             built = torch.version.cuda
             why = f"torch (CUDA {built}) cannot use it" if built else "torch is a build without CUDA"
-            remedy = (
-                "Update the driver, or install a torch build for it: https://pytorch.org/get-started/locally"
-            )
+            remedy = "Update the driver, or install a torch build for it: https://pytorch.org/get-started/locally"
             return Check("gpu", "warning", f"this machine has an NVIDIA driver, but {why}", remedy)
         return Check("gpu", "ok", "none; the embedded presets run on the CPU")
     facts, broken = [], []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        facts.append(
-            f"{index}: {device.name}, {device.total_memory / GB:.0f} GB, sm_{device.major}{device.minor}"
-        )
+        facts.append(f"{index}: {device.name}, {device.total_memory / GB:.0f} GB, sm_{device.major}{device.minor}")
         try:
             with torch.cuda.device(index):
                 ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
@@ -288,9 +282,7 @@ def check_torchvision() -> Check:
     if done.returncode == 0:
         return Check("torchvision", "ok", done.stdout.strip())
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    remedy = (
-        "pip uninstall torchvision, or install the one of your torch: https://pytorch.org/get-started/locally"
-    )
+    remedy = "pip uninstall torchvision, or install the one of your torch: https://pytorch.org/get-started/locally"
     return Check("torchvision", "warning", f"does not fit this torch: {last}", remedy)
 
 
@@ -368,9 +360,7 @@ def check_tracking() -> Check:
             tracker.finish("finished")
         where = _tracking_store()
     except ImportError as error:
-        return Check(
-            "tracking", "failed", f"MLflow does not import: {_reason(error)}", f"pip install mlflow. {remedy}"
-        )
+        return Check("tracking", "failed", f"MLflow does not import: {_reason(error)}", f"pip install mlflow. {remedy}")
     except RamctlError as error:
         return Check("tracking", "failed", str(error), remedy)
     return Check("tracking", "ok", f"MLflow records to {where}")
@@ -406,9 +396,7 @@ def _scorer_checks(presets: Iterable[Settings]) -> Iterator[tuple[str, CheckFunc
 
     presets = list(presets)
     terms = [
-        (name, dict(term.options), preset)
-        for preset in presets
-        for name, term in preset.config.reward.scorers.items()
+        (name, dict(term.options), preset) for preset in presets for name, term in preset.config.reward.scorers.items()
     ]
     required = {name for name, _, preset in terms if _embedded(preset)}
     seen = []
@@ -540,9 +528,7 @@ def _cgroup_used() -> int:
         lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    cached = sum(
-        int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file "))
-    )
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
     return max(0, (_cgroup_number("memory.current") or 0) - cached)
 
 

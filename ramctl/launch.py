@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if rank == 0:
             running.append(subprocess.Popen(command, env=environment))
             continue
-        log = tempfile.TemporaryFile()
+        log: IO[bytes] = tempfile.TemporaryFile()
         logs.append(log)
         running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
@@ -74,9 +74,9 @@ def _wait(running: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
             first_spoke = running[0].poll() not in (None, 0)
             _end(running, terminate=True)
             if not first_spoke:
-                log = logs[failed[0] - 1]
-                log.seek(0)
-                sys.stderr.write(f"Process {failed[0]} failed:\n" + log.read().decode(errors="replace")[-2000:])
+                told = logs[failed[0] - 1]
+                told.seek(0)
+                sys.stderr.write(f"Process {failed[0]} failed:\n" + told.read().decode(errors="replace")[-2000:])
             code = running[0].returncode if first_spoke else running[failed[0]].returncode
             return code if code and code > 0 else 1
         if all(code == 0 for code in codes):

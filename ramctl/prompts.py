@@ -43,10 +43,10 @@ def parse_prompt(line: str, where: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object such as {{\"prompt\": \"…\"}}, got {type(row).__name__}.")
+        raise DataError(f'{where}: expected a JSON object such as {{"prompt": "…"}}, got {type(row).__name__}.')
     text = row.get("prompt")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: the key \"prompt\" must be a non-empty string, got {text!r}.")
+        raise DataError(f'{where}: the key "prompt" must be a non-empty string, got {text!r}.')
     return Prompt(text=text, metadata={key: value for key, value in row.items() if key != "prompt"})
 
 

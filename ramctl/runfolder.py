@@ -111,9 +111,7 @@ class RunFolder:
             ConfigError: the keys that differ are listed.
         """
         saved = load_settings(str(checkpoint / CONFIG_FILE)).config
-        changes = [
-            line for line in config_differences(saved, settings.config) if not line.startswith(FREE_TO_CHANGE)
-        ]
+        changes = [line for line in config_differences(saved, settings.config) if not line.startswith(FREE_TO_CHANGE)]
         if changes:
             shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
             raise ConfigError(

@@ -97,8 +97,7 @@ def load_settings(
         table = _read_toml(config_file, label)
         if "extends" in table:
             raise ConfigError(
-                f"'extends' works in presets only ({label}). "
-                f"Give the file as the preset: ramctl train {config_file}"
+                f"'extends' works in presets only ({label}). Give the file as the preset: ramctl train {config_file}"
             )
         layers.add(table, label)
     for key, text in overrides:
@@ -339,9 +338,7 @@ def _read_toml(path: Path, label: str) -> dict[str, Any]:
         raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from None
 
 
-def _flatten(
-    table: Mapping[str, Any], prefix: config_keys.Path = ()
-) -> Iterator[tuple[config_keys.Path, Any]]:
+def _flatten(table: Mapping[str, Any], prefix: config_keys.Path = ()) -> Iterator[tuple[config_keys.Path, Any]]:
     for name, value in table.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, (*prefix, name))
@@ -349,9 +346,7 @@ def _flatten(
             yield (*prefix, name), value
 
 
-def _table_lines(
-    table: Mapping[str, Any], path: config_keys.Path, sources: Mapping[str, str]
-) -> Iterator[str]:
+def _table_lines(table: Mapping[str, Any], path: config_keys.Path, sources: Mapping[str, str]) -> Iterator[str]:
     """The values of a table, then its tables, each below its header."""
     for name, value in table.items():
         if not isinstance(value, Mapping):

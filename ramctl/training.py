@@ -105,7 +105,10 @@ class Outcome:
 def make_reward(config: Config) -> Reward:
     """The preset's scorers with their weights (nothing is loaded yet)."""
     return Reward(
-        [Term(create(name, dict(term.options)), term.weight, term.scale) for name, term in config.reward.scorers.items()]
+        [
+            Term(create(name, dict(term.options)), term.weight, term.scale)
+            for name, term in config.reward.scorers.items()
+        ]
     )
 
 
@@ -325,7 +328,12 @@ class Run:
             return None
         if self.world.is_main:
             self.folder.append("evaluations.jsonl", row)
-            self.tracker.log(step, {k: v for k, v in row.items() if k != "step"}, self.evaluator.grid_files(step), "samples")
+            self.tracker.log(
+                step,
+                {k: v for k, v in row.items() if k != "step"},
+                self.evaluator.grid_files(step),
+                "samples",
+            )
             self.observer.evaluated(row)
             if step:
                 self._write_report("running", "")
@@ -368,7 +376,9 @@ class Run:
         if self.world.is_main:
             self._write_report("failed" if status == "failed" else outcome.status, reason)
             for comparison in outcome.comparisons:
-                self.tracker.log(self.trainer.step_index, {f"gain/{comparison.name}": comparison.after - comparison.before})
+                self.tracker.log(
+                    self.trainer.step_index, {f"gain/{comparison.name}": comparison.after - comparison.before}
+                )
             self.tracker.log(self.trainer.step_index, {}, [self.folder.path / "report.html"])
             self.tracker.finish("killed" if status == "killed" else "failed" if status == "failed" else "finished")
         return outcome
@@ -497,7 +507,7 @@ class _Evaluator:
         columns.update({name: column for name, column in result.details.items() if name == "official"})
         per_prompt = self.config.evaluation.images_per_prompt
         shown = np.array([result.value[i * per_prompt] for i in self.shown], dtype=np.float32)
-        np.savez_compressed(path, pictures=pictures, shown_value=shown, **columns)
+        np.savez_compressed(path, allow_pickle=False, pictures=pictures, shown_value=shown, **columns)
         scale = max(1, _GRID_SCALE_TO // pictures.shape[1])
         save_png(make_grid(pictures, columns=min(4, len(pictures)), scale=scale), self._grid_file(step))
 

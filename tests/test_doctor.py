@@ -39,9 +39,7 @@ def test_memory_is_read_from_the_system() -> None:
     assert 0 < free <= total
 
 
-@pytest.mark.parametrize(
-    ("bounds", "status"), [((0.0, 0.0), "ok"), ((0.0, 1e15), "warning"), ((1e15, 1e16), "failed")]
-)
+@pytest.mark.parametrize(("bounds", "status"), [((0.0, 0.0), "ok"), ((0.0, 1e15), "warning"), ((1e15, 1e16), "failed")])
 def test_too_little_memory_or_disk_is_said(
     bounds: tuple[float, float], status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -98,9 +96,7 @@ class TestTorch:
         monkeypatch.setattr(doctor, "_NVIDIA_DRIVER", (Path("/no/driver"),))
         assert doctor.check_gpu().status == "ok"
 
-    def test_a_driver_that_torch_cannot_use_is_a_warning(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_a_driver_that_torch_cannot_use_is_a_warning(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -204,9 +200,7 @@ class TestPresets:
         assert check.status == "ok"
         assert "geneval-tiny" in check.detail
 
-    def test_a_broken_one_fails_and_stops_no_other_check(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_broken_one_fails_and_stops_no_other_check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "broken.toml").write_text('name = "broken"\nmm = 1\n')
         monkeypatch.setattr("ramctl.settings.resource_dir", lambda kind: tmp_path)
         check = doctor.check_presets()
@@ -322,7 +316,7 @@ class TestScorers:
         words: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(registry, "create", lambda name, options: scorer())  # type: ignore[abstract]
+        monkeypatch.setattr(registry, "create", lambda name, options: scorer())
         check = doctor.check_scorer("scorer sound", "sound", {}, required)
         assert check.status == status
         assert words in check.detail

@@ -226,9 +226,7 @@ class TestBadKeysAndValues:
         assert f"Unknown key 'lr' in file {mine}. Did you mean 'optimizer.lr'?" in complaint(str(mine))
 
     def test_missing_value_and_section(self, tmp_path: Path) -> None:
-        text = complaint(
-            preset(tmp_path, 'name = "a"\n[prompts]\n[reward.scorers.ocr]\n[model]\npath = "x"\n')
-        )
+        text = complaint(preset(tmp_path, 'name = "a"\n[prompts]\n[reward.scorers.ocr]\n[model]\npath = "x"\n'))
         assert text.startswith("prompts.train is missing (file ")
         text = complaint(preset(tmp_path, 'name = "a"\n[prompts]\ntrain = "x"\n[reward.scorers.ocr]\n'))
         assert text.startswith("The table [model] is missing (file ")
@@ -316,9 +314,7 @@ class TestOverrides:
         assert list(scorers) == ["geneval", "jpeg-compressibility"]
         assert scorers["jpeg-compressibility"].weight == 0.1
 
-    @pytest.mark.parametrize(
-        "name", ["micro_batch", "every", "guidance_scale", "sampling-steps", "images_per_prompt"]
-    )
+    @pytest.mark.parametrize("name", ["micro_batch", "every", "guidance_scale", "sampling-steps", "images_per_prompt"])
     def test_ambiguous_name_lists_the_full_keys(self, name: str) -> None:
         text = complaint("geneval-tiny", (name, "1"))
         wanted = [key for key in all_keys() if key.split(".")[-1] == name.replace("-", "_")]
@@ -502,9 +498,7 @@ class TestListing:
         assert first.description.startswith("GenEval")
         assert first.path.is_file()
 
-    def test_a_broken_preset_does_not_hide_the_others(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_broken_preset_does_not_hide_the_others(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(settings, "resource_dir", lambda kind: tmp_path)
         preset(tmp_path, "not toml", "broken.toml")
         preset(tmp_path, 'description = "fine"', "good.toml")
@@ -536,9 +530,7 @@ class TestListing:
         assert explain("model.path").default == "required"
         assert explain("negative_prompt").default == "empty"
         assert explain("dtype").type == 'one of "float32", "bfloat16"'
-        assert (
-            explain("reward.scorers.ocr.options.side").type == "text, a whole number, a number, true or false"
-        )
+        assert explain("reward.scorers.ocr.options.side").type == "text, a whole number, a number, true or false"
 
     def test_every_key_can_be_explained(self) -> None:
         for key in all_keys():

@@ -91,7 +91,11 @@ class StableDiffusion3(Backbone):
     """A ``StableDiffusion3Pipeline`` taken apart: its encoders, transformer, autoencoder and time grid."""
 
     def __init__(
-        self, pipeline: StableDiffusion3Pipeline, spec: ModelSection, device: torch.device, autocast: torch.dtype | None
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        spec: ModelSection,
+        device: torch.device,
+        autocast: torch.dtype | None,
     ) -> None:
         self.path = LinearPath()
         self.device = device
@@ -102,16 +106,17 @@ class StableDiffusion3(Backbone):
             if part is not None:
                 part.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
+        shape: Any = pipeline.transformer.config
         pipeline.vae.to(memory_format=torch.channels_last)
         side, remainder = divmod(spec.resolution, pipeline.vae_scale_factor)
-        patch = self.transformer.config.patch_size
-        limit = self.transformer.config.pos_embed_max_size * patch
+        patch = shape.patch_size
+        limit = shape.pos_embed_max_size * patch
         if remainder or side % patch or side > limit:
             raise ConfigError(
                 f"model.resolution {spec.resolution} does not fit {spec.path!r}: it must be a multiple of "
                 f"{pipeline.vae_scale_factor * patch} and at most {limit * pipeline.vae_scale_factor}."
             )
-        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        self.latent_shape = (shape.in_channels, side, side)
         self._shift = float(pipeline.scheduler.config.shift)
         self._empty: TextEmbeddings | None = None
 
@@ -190,7 +195,8 @@ class StableDiffusion3(Backbone):
         with self._autocast():
             pictures = vae.decode(scaled.to(memory_format=torch.channels_last), return_dict=False)[0]
         unit = (pictures.float() / 2 + 0.5).clamp(0, 1)
-        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+        rounded: Tensor = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return rounded.contiguous().cpu()
 
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""

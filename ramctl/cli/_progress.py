@@ -67,7 +67,11 @@ class TrainingProgress:
         """Move the lower bar."""
         if self._phase is not None:
             self._bars.update(
-                self._phase, description=_PHASES.get(name, name), completed=done, total=max(1, total), info="pictures"
+                self._phase,
+                description=_PHASES.get(name, name),
+                completed=done,
+                total=max(1, total),
+                info="pictures",
             )
 
     def step(self, metrics: dict[str, float], steps: int) -> None:

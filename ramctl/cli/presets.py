@@ -55,16 +55,12 @@ def _show(
 
     overrides = parse_overrides(context.args, options=("--config", "--help"))
     settings = load_settings(preset, config_file=config, overrides=overrides)
-    write(
-        settings_toml(settings, [f"{settings.config.name}, resolved; comments say where a value came from"])
-    )
+    write(settings_toml(settings, [f"{settings.config.name}, resolved; comments say where a value came from"]))
 
 
 @commands.command("explain", epilog="Example: ramctl presets explain reward-multiplier")
 def _explain(
-    key: Annotated[
-        str, typer.Argument(help="A key (ram.min_time), its last name, or a section.", show_default=False)
-    ],
+    key: Annotated[str, typer.Argument(help="A key (ram.min_time), its last name, or a section.", show_default=False)],
 ) -> None:
     """Say what a key means, what it takes and its default; for a section, all its keys."""
     from ramctl.settings import find_keys

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ramctl.cli._output import result, say
-from ramctl.errors import RamctlError, UsageError
+from ramctl.errors import RamctlError
 
 if TYPE_CHECKING:
     from ramctl.settings import Settings
@@ -24,25 +24,8 @@ _EPILOG = (
 )
 
 
-def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """``["--lr", "1e-4", "--ram.path_cost=true"]`` as (key, value) pairs.
-
-    Raises:
-        UsageError: an argument that is no option, or an option without a value.
-    """
-    pairs: list[tuple[str, str]] = []
-    rest = list(arguments)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("--"):
-            raise UsageError(f"Unexpected argument {option!r}. Overrides are written --key VALUE.")
-        key, equals, value = option[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise UsageError(f"Option --{key} needs a value: --{key} VALUE.")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
+#: the command's own options, for the suggestion after a typo.
+_OPTIONS = ("--config", "--output", "--fresh", "--dry-run", "--num-processes", "--help", "--debug")
 
 
 def train(
@@ -54,16 +37,15 @@ def train(
         bool, typer.Option("--fresh", help="Start over in a new folder (<output>-2, …); nothing is deleted.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show settings, derived sizes, memory and weights; train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show settings, derived sizes, memory and weights; train nothing."),
     ] = False,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU processes).")
-    ] = 1,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU processes).")] = 1,
 ) -> None:
     """Post-train a model. Running the same command again resumes from the newest checkpoint."""
-    from ramctl.settings import load_settings
+    from ramctl.settings import load_settings, parse_overrides
 
-    settings = load_settings(preset, config_file=config, overrides=split_overrides(context.args))
+    settings = load_settings(preset, config_file=config, overrides=parse_overrides(context.args, _OPTIONS))
     if dry_run:
         from ramctl.cli._plan import show_plan
 

@@ -153,9 +153,7 @@ class CheckpointStore:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def save(
-        self, trainer: Trainer, config_text: str, extra: Mapping[str, Any], *, best: bool = False
-    ) -> Path:
+    def save(self, trainer: Trainer, config_text: str, extra: Mapping[str, Any], *, best: bool = False) -> Path:
         """Write the trainer's state as ``step-<n>`` and move ``latest`` (and ``best``) to it.
 
         Raises:

@@ -54,7 +54,7 @@ class World:
             chosen = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in chosen])
             dist.all_reduce(flat)
-            for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
+            for tensor, part in zip(chosen, torch.split(flat, [t.numel() for t in chosen]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def barrier(self) -> None:
@@ -77,7 +77,7 @@ def connect(device: str) -> tuple[World, torch.device]:
     from ramctl.errors import ConfigError
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device is \"cuda\", but torch sees no CUDA device here. Use --device cpu or auto.")
+        raise ConfigError('runtime.device is "cuda", but torch sees no CUDA device here. Use --device cpu or auto.')
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
     return World(state.process_index, state.num_processes), torch.device("cpu") if use_cpu else state.device

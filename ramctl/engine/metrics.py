@@ -96,6 +96,8 @@ def paired_interval(
     return float(difference.mean()), float(low), float(high)
 
 
-def interval(values: Column, *, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+def interval(
+    values: Column, *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
     """(mean, low, high) of the finite values with a bootstrap interval."""
     return paired_interval(np.zeros_like(values), values, resamples=resamples, seed=seed, level=level)

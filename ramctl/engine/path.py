@@ -190,7 +190,8 @@ def power_law_times(uniform: Tensor, power: float, low: float = 0.0, high: float
     """
     exponent = power + 1
     span = high**exponent - low**exponent
-    return (low**exponent + uniform * span) ** (1 / exponent)
+    times: Tensor = (low**exponent + uniform * span) ** (1 / exponent)
+    return times
 
 
 def shifted_sigmas(steps: int, shift: float, train_timesteps: int = 1000) -> Tensor:

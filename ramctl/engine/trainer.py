@@ -124,9 +124,7 @@ class Trainer:
         config, world = self.config, self.world
         group = config.rollout.images_per_prompt
         share = world.share(config.images_per_step)
-        chosen = prompts_of_step(
-            self.step_index, config.rollout.prompts_per_step, len(self.prompts), config.train.seed
-        )
+        chosen = prompts_of_step(self.step_index, config.rollout.prompts_per_step, len(self.prompts), config.train.seed)
         prompts = [self.prompts[chosen[i // group]] for i in share]
 
         endpoints = self._rollout(prompts, share)
@@ -271,7 +269,11 @@ class Trainer:
             return target
         low = items.t.clamp(max=self.config.ram.path_cost_min_time)
         return target + path_cost_correction(
-            cost_s=sweep.cost_s[chosen], cost_t=sweep.cost_t[chosen], span=items.t - low, y_s=items.y_s, v_t=v_old
+            cost_s=sweep.cost_s[chosen],
+            cost_t=sweep.cost_t[chosen],
+            span=items.t - low,
+            y_s=items.y_s,
+            v_t=v_old,
         )
 
     # -- update -----------------------------------------------------------------------------------------------------
@@ -360,7 +362,9 @@ class GatheredScores:
 
 def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
     """All processes' scores in rank order, which is the global order of contiguous shares."""
-    parts = world.gather((scores.value, scores.strict, dict(scores.details), scores.failed, list(scores.errors), prompts))
+    parts = world.gather(
+        (scores.value, scores.strict, dict(scores.details), scores.failed, list(scores.errors), prompts)
+    )
     names = list(dict.fromkeys(name for part in parts for name in part[2]))
 
     def column(pick: Callable[[int], NDArray[np.float32] | None]) -> NDArray[np.float32]:
@@ -398,4 +402,7 @@ class _Clock:
         return time.perf_counter() - self._start
 
     def metrics(self) -> dict[str, float]:
-        return {**{f"seconds/{name}": value for name, value in self._laps.items()}, "seconds/total": self.total()}
+        return {
+            **{f"seconds/{name}": value for name, value in self._laps.items()},
+            "seconds/total": self.total(),
+        }

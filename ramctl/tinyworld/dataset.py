@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramctl.tinyworld.grammar import Metadata, all_scenes, corrupt, misspell, random_word, scene_prompt, sign_prompt
+from ramctl.tinyworld.grammar import (
+    Metadata,
+    all_scenes,
+    corrupt,
+    misspell,
+    random_word,
+    scene_prompt,
+    sign_prompt,
+)
 from ramctl.tinyworld.renderer import SIZE, Picture, render_scene, render_sign
 
 #: Share of each kind among the pretraining pictures.
@@ -66,8 +74,7 @@ def make_dataset(
     The same arguments give the same pictures whatever the number of processes.
     """
     tasks = [
-        (seed, index, min(_CHUNK, count - start), wrong, weights)
-        for index, start in enumerate(range(0, count, _CHUNK))
+        (seed, index, min(_CHUNK, count - start), wrong, weights) for index, start in enumerate(range(0, count, _CHUNK))
     ]
     pictures = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     captions: list[str] = []

@@ -108,12 +108,8 @@ def _make_templates() -> list[_Template]:
     made = []
     for template in bare:
         drawn = _draw(template, 0.0, 0.0, 20.0, (-40, -40, 40, 40))
-        rivals = [
-            _draw(other, *_place(other, float(drawn.sum()), 0, 0), (-40, -40, 40, 40)) for other in bare
-        ]
-        chance = max(
-            _overlap(drawn, r) for r, other in zip(rivals, bare, strict=True) if other is not template
-        )
+        rivals = [_draw(other, *_place(other, float(drawn.sum()), 0, 0), (-40, -40, 40, 40)) for other in bare]
+        chance = max(_overlap(drawn, r) for r, other in zip(rivals, bare, strict=True) if other is not template)
         made.append(_Template(**{**template.__dict__, "chance": max(chance, _FLOOR.get(template.name, 0.0))}))
     return made
 
@@ -124,28 +120,20 @@ def _place(template: _Template, area: float, cx: float, cy: float) -> tuple[floa
     return cx - template.cx * radius, cy - template.cy * radius, radius
 
 
-def _distance(
-    template: _Template, x: float, y: float, radius: float, window: tuple[int, int, int, int]
-) -> Floats:
+def _distance(template: _Template, x: float, y: float, radius: float, window: tuple[int, int, int, int]) -> Floats:
     """Signed distance in pixels of the shape over a window (left, top, right, bottom) of pixels."""
     import cv2
 
     left, top, right, bottom = window
     step, middle = _PER_UNIT / radius, _HALF * _PER_UNIT
-    to_template = np.array(
-        [[step, 0, (left + 0.5 - x) * step + middle], [0, step, (top + 0.5 - y) * step + middle]]
-    )
+    to_template = np.array([[step, 0, (left + 0.5 - x) * step + middle], [0, step, (top + 0.5 - y) * step + middle]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = (right - left, bottom - top)
-    sampled = cv2.warpAffine(
-        template.distance, to_template, size, flags=flags, borderMode=cv2.BORDER_REPLICATE
-    )
+    sampled = cv2.warpAffine(template.distance, to_template, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(sampled, dtype=np.float32) * np.float32(radius)
 
 
-def _draw(
-    template: _Template, x: float, y: float, radius: float, window: tuple[int, int, int, int]
-) -> Floats:
+def _draw(template: _Template, x: float, y: float, radius: float, window: tuple[int, int, int, int]) -> Floats:
     drawn: Floats = np.clip(0.5 - _distance(template, x, y, radius, window), 0, 1)
     return drawn
 
@@ -338,9 +326,7 @@ class TinyworldDetector:
                     best, overlap, inside = template, found, distance <= 0
         confidence = min(max((overlap - best.chance) / (1 - best.chance) / _CERTAIN, 0.0), 1.0)
         box = _extent(inside, window) if inside is not None and confidence > 0.3 else None
-        return Detection(
-            best.name, confidence, _as_box(box or region.box), _color_word(rgb + canvas.background)
-        )
+        return Detection(best.name, confidence, _as_box(box or region.box), _color_word(rgb + canvas.background))
 
 
 def _window(region: _Region, canvas: _Canvas) -> tuple[int, int, int, int]:
@@ -404,8 +390,7 @@ def _examples() -> list[tuple[Metadata, Metadata, bool]]:
     red, pink = (scene("colors", {"class": "ring", "color": color}) for color in ("red", "pink"))
     colors = [("blue", "yellow"), ("yellow", "blue")]
     pair, swapped = (
-        scene("color_attr", {"class": "triangle", "color": a}, {"class": "square", "color": b})
-        for a, b in colors
+        scene("color_attr", {"class": "triangle", "color": a}, {"class": "square", "color": b}) for a, b in colors
     )
     return [
         (single, single, True),

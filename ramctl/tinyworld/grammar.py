@@ -141,7 +141,9 @@ def corrupt(metadata: Mapping[str, Any], rng: np.random.Generator) -> Metadata:
         clause["color"] = str(rng.choice([c for c in COLORS if c != clause["color"]]))
 
     def count() -> None:
-        clause["count"] = int(rng.choice([n for n in (1, 2, 3, 4, 5) if n != clause["count"] and abs(n - clause["count"]) < 3]))
+        clause["count"] = int(
+            rng.choice([n for n in (1, 2, 3, 4, 5) if n != clause["count"] and abs(n - clause["count"]) < 3])
+        )
 
     def relation() -> None:
         opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

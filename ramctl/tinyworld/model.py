@@ -29,7 +29,21 @@ def grammar_words() -> list[str]:
     """The words of scene prompts, one token each; everything else is spelled letter by letter."""
     plurals = [shape + "es" if shape.endswith("s") else shape + "s" for shape in SHAPES]
     numbers = ["one", *NUMBER_WORDS.values()]
-    small = ["photo", "of", "an", "and", "sign", "that", "says", "left", "right", "above", "below", "the", "to"]
+    small = [
+        "photo",
+        "of",
+        "an",
+        "and",
+        "sign",
+        "that",
+        "says",
+        "left",
+        "right",
+        "above",
+        "below",
+        "the",
+        "to",
+    ]
     return [*SHAPES, *plurals, *COLORS, *numbers, *small]
 
 

@@ -74,7 +74,9 @@ class Updater:
     replayed; elsewhere it is simply called.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], peak: float, weight_decay: float, ema_decay: float | None) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], peak: float, weight_decay: float, ema_decay: float | None
+    ) -> None:
         self.device = parameters[0].device
         self.parameters = parameters
         self.peak = peak
@@ -106,7 +108,7 @@ class Updater:
         return loss.detach()
 
     def _record(self, loss_of: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(4):
@@ -142,7 +144,11 @@ class Updater:
 
 
 def _run(
-    name: str, updater: Updater, steps: int, loss_at: Callable[[int], Callable[[], Tensor]], seconds: float = math.inf
+    name: str,
+    updater: Updater,
+    steps: int,
+    loss_at: Callable[[int], Callable[[], Tensor]],
+    seconds: float = math.inf,
 ) -> None:
     """Take ``steps`` updates, printing now and then.
 
@@ -159,7 +165,10 @@ def _run(
         if step % max(1, min(100, steps // 20)) == 0 or step == steps - 1:
             value = loss.item()
             if step % max(1, steps // 20) == 0 or step == steps - 1:
-                print(f"{name} {step + 1}/{steps} loss {value:.4f} {time.perf_counter() - start:.0f} s", flush=True)
+                print(
+                    f"{name} {step + 1}/{steps} loss {value:.4f} {time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
 
 
 def train_vae(pictures: Tensor, settings: Settings, device: torch.device) -> AutoencoderKL:
@@ -168,7 +177,7 @@ def train_vae(pictures: Tensor, settings: Settings, device: torch.device) -> Aut
     Args:
         pictures: uint8 [N, 64, 64, 3] on ``device``.
     """
-    vae = build_vae().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = build_vae().to(device, memory_format=torch.channels_last)
     updater = Updater(list(vae.parameters()), settings.vae_lr, weight_decay=0.0, ema_decay=None)
 
     def loss_of() -> Tensor:
@@ -179,7 +188,8 @@ def train_vae(pictures: Tensor, settings: Settings, device: torch.device) -> Aut
             noise = torch.randn(posterior.mean.shape, device=device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - batch
-        return error.abs().mean() + error.square().mean() + settings.vae_kl * posterior.kl().mean() / 1024
+        loss: Tensor = error.abs().mean() + error.square().mean() + settings.vae_kl * posterior.kl().mean() / 1024
+        return loss
 
     _run("autoencoder", updater, settings.vae_steps, lambda step: loss_of)
     vae.eval()
@@ -195,7 +205,7 @@ def train_vae(pictures: Tensor, settings: Settings, device: torch.device) -> Aut
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Posterior means float32 [N, 16, 8, 8] of uint8 pictures, in batches."""
-    return torch.cat([vae.encode(_to_unit(part)).latent_dist.mean.float() for part in pictures.split(2048)])
+    return torch.cat([vae.encode(_to_unit(part)).latent_dist.mean.float() for part in torch.split(pictures, 2048)])
 
 
 def _text(pipeline: StableDiffusion3Pipeline, tokens: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +232,11 @@ def train_transformer(
     parameters = [p for p in modules.parameters() if p.requires_grad]
     updater = Updater(parameters, settings.lr, settings.weight_decay, settings.ema_decay)
     tokens = pipeline.tokenizer(
-        data.captions, padding="max_length", max_length=pipeline.tokenizer_max_length, truncation=True, return_tensors="pt"
+        data.captions,
+        padding="max_length",
+        max_length=pipeline.tokenizer_max_length,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids.to(device)
     empty = pipeline.tokenizer(
         "", padding="max_length", max_length=pipeline.tokenizer_max_length, return_tensors="pt"
@@ -240,7 +254,10 @@ def train_transformer(
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             embeddings, pooled = _text(pipeline, torch.where(dropped, empty, tokens[index]), padding)
             velocity = network(
-                hidden_states=noisy, encoder_hidden_states=embeddings, pooled_projections=pooled, timestep=1000 * t
+                hidden_states=noisy,
+                encoder_hidden_states=embeddings,
+                pooled_projections=pooled,
+                timestep=1000 * t,
             ).sample
         return functional.mse_loss(velocity.float(), noise - clean)
 
@@ -266,9 +283,7 @@ def pretrain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    data = make_dataset(
-        settings.pictures, wrong=settings.wrong_captions, seed=settings.seed, processes=processes
-    )
+    data = make_dataset(settings.pictures, wrong=settings.wrong_captions, seed=settings.seed, processes=processes)
     print(f"{settings.pictures} pictures drawn in {time.perf_counter() - start:.0f} s", flush=True)
     pictures = torch.from_numpy(data.pictures).to(device)
     if vae_from is None:

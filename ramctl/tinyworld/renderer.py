@@ -89,7 +89,9 @@ def _pixel_centres(size: int) -> tuple[Field, Field]:
 def coverage(obj: DrawnObject, size: int = SIZE) -> Field:
     """Share of each pixel the object covers, float32 [size, size] in [0, 1]."""
     x, y = _pixel_centres(size)
-    return np.clip(0.5 - signed_distance(obj.shape, x - np.float32(obj.x), y - np.float32(obj.y), obj.radius), 0, 1)
+    distance = signed_distance(obj.shape, x - np.float32(obj.x), y - np.float32(obj.y), obj.radius)
+    covered: Field = np.clip(0.5 - distance, 0, 1)
+    return covered
 
 
 def bounding_box(obj: DrawnObject, size: int = SIZE) -> tuple[int, int, int, int]:

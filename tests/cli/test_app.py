@@ -26,9 +26,7 @@ def run(*words: str) -> int:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture
@@ -160,10 +158,7 @@ def test_unexpected_error_is_called_a_bug(
     failing(ValueError("first line\nsecond line"))
     assert run("fail") == 1
     text = capsys.readouterr().err
-    assert (
-        text
-        == "unexpected error: ValueError: first line\nThis is a bug; run with --debug for the traceback.\n"
-    )
+    assert text == "unexpected error: ValueError: first line\nThis is a bug; run with --debug for the traceback.\n"
 
 
 def test_interrupt_exits_with_130(failing: Callable[[BaseException], None]) -> None:
@@ -291,9 +286,7 @@ class TestOutput:
 def on_a_terminal(code: str, **environment: str) -> str:
     """What a program writes to standard error when that is a terminal."""
     leader, follower = pty.openpty()
-    plain = {
-        key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "TERM")
-    }
+    plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
     subprocess.run(
         [sys.executable, "-c", code],
         stderr=follower,
@@ -309,11 +302,7 @@ def on_a_terminal(code: str, **environment: str) -> str:
 
 
 def test_a_terminal_gets_colours_and_a_drawn_table_unless_no_color() -> None:
-    code = (
-        "from ramctl.cli._output import say, table\n"
-        "say('hello', style='red')\n"
-        "table('T', ['c[b]'], [['[i]v']])\n"
-    )
+    code = "from ramctl.cli._output import say, table\nsay('hello', style='red')\ntable('T', ['c[b]'], [['[i]v']])\n"
     coloured = on_a_terminal(code)
     assert "\x1b[31mhello" in coloured
     assert "[i]v" in coloured

@@ -12,9 +12,7 @@ from ramctl.doctor import Check
 
 
 def run_with(checks: list[Check], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(
-        doctor, "all_checks", lambda: [(check.name, lambda check=check: check) for check in checks]
-    )
+    monkeypatch.setattr(doctor, "all_checks", lambda: [(check.name, lambda check=check: check) for check in checks])
     with pytest.raises(SystemExit) as caught:
         main(["doctor"])
     code = caught.value.code

@@ -38,7 +38,8 @@ def test_epsilon_is_added_to_the_std() -> None:
 
 
 def test_the_std_is_pooled_and_so_carries_the_spread_between_prompts() -> None:
-    # The same within-group spread is worth less when the prompts' levels differ; E[A²] = within/pooled variance.
+    # The same within-group spread is worth less when the prompts' levels differ; E[A²] = within/pooled
+    # variance.
     rewards = random_rewards(6, 24)
     groups = groups_of(6, 24)
     levels = torch.arange(6, dtype=torch.float64)[groups] * 2
@@ -60,9 +61,7 @@ def test_a_nearly_equal_group_is_not_blown_up() -> None:
 def test_a_constant_added_to_every_reward_changes_nothing(shift: float) -> None:
     rewards, groups = random_rewards(3, 8), groups_of(3, 8)
     expected = group_advantages(rewards, groups).value
-    torch.testing.assert_close(
-        group_advantages(rewards + shift, groups).value, expected, rtol=1e-10, atol=1e-11
-    )
+    torch.testing.assert_close(group_advantages(rewards + shift, groups).value, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_a_constant_per_prompt_drops_out_of_the_centring() -> None:
@@ -111,17 +110,13 @@ def test_failed_rewards_leave_both_statistics() -> None:
 
 def test_a_group_that_failed_entirely_does_not_count_as_flat() -> None:
     rewards = rewards_of(math.nan, math.nan, 1, 3)
-    got = group_advantages(
-        rewards, groups_of(2, 2), failed=torch.tensor([True, True, False, False]), epsilon=0.0
-    )
+    got = group_advantages(rewards, groups_of(2, 2), failed=torch.tensor([True, True, False, False]), epsilon=0.0)
     torch.testing.assert_close(got.value, rewards_of(0, 0, -1, 1))
     assert got.flat_groups == 0.0
 
 
 def test_everything_failed() -> None:
-    got = group_advantages(
-        torch.full((4,), math.nan), groups_of(2, 2), failed=torch.ones(4, dtype=torch.bool)
-    )
+    got = group_advantages(torch.full((4,), math.nan), groups_of(2, 2), failed=torch.ones(4, dtype=torch.bool))
     assert torch.equal(got.value, torch.zeros(4, dtype=torch.float64))
     assert (got.flat_groups, got.reward_std) == (0.0, 0.0)
 
@@ -144,28 +139,24 @@ def test_bad_input_is_refused() -> None:
         group_advantages(rewards_of(1, math.nan), groups_of(1, 2))
 
 
-# --- finite groups ----------------------------------------------------------------------------------------------------
+# --- finite groups --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "share"), [(24, 0.958333), (4, 0.75), (2, 0.5)])
-def test_a_picture_moves_its_own_advantage_by_one_minus_one_over_the_group_size(
-    size: int, share: float
-) -> None:
+def test_a_picture_moves_its_own_advantage_by_one_minus_one_over_the_group_size(size: int, share: float) -> None:
     rewards = random_rewards(2, size)
     bumped = rewards.clone()
     bumped[0] += 0.25
     groups = groups_of(2, size)
-    moved = (
-        group_advantages(bumped, groups, scale="none").value
-        - group_advantages(rewards, groups, scale="none").value
-    )
+    moved = group_advantages(bumped, groups, scale="none").value - group_advantages(rewards, groups, scale="none").value
     assert moved[0].item() / 0.25 == pytest.approx(share, abs=5e-7)
     assert moved[1].item() / 0.25 == pytest.approx(-1 / size, abs=1e-12)
     assert moved[size:].abs().max().item() == 0
 
 
 def test_the_expected_reward_term_shrinks_by_one_minus_one_over_the_group_size() -> None:
-    # All 2⁴ groups of four fair coins: E[A R] = (1 − 1/4) Var R = 3/16, exactly; leaving oneself out gives Var R = 1/4.
+    # All 2⁴ groups of four fair coins: E[A R] = (1 − 1/4) Var R = 3/16, exactly; leaving oneself out gives
+    # Var R = 1/4.
     outcomes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64)
     rewards, groups = outcomes.flatten(), groups_of(16, 4)
     centred = group_advantages(rewards, groups, scale="none").value

@@ -61,7 +61,8 @@ def ram_side(
         )[:, 0]
         for i in range(len(x))
     ]
-    return posterior.mean(torch.stack(targets))
+    mean: Tensor = posterior.mean(torch.stack(targets))
+    return mean
 
 
 def correction_side(law: Any, x: float, t: float, nodes: int = 24) -> float:
@@ -88,7 +89,7 @@ def correction_side(law: Any, x: float, t: float, nodes: int = 24) -> float:
     return total
 
 
-# --- the optimal shift and the covariance along the tilt (Lemma 4.2) --------------------------------------------------
+# --- the optimal shift and the covariance along the tilt (Lemma 4.2) ------------------------------
 
 
 def covariance(law: Any, x: float, t: float, tilt: float) -> float:
@@ -119,7 +120,8 @@ def test_three_forms_of_the_optimal_shift_agree(
     step, at = 1e-4, f64(x)
 
     def log_h(z: Tensor) -> Tensor:
-        return law.log_marginal(z, t, 1.0) - law.log_marginal(z, t)
+        value: Tensor = law.log_marginal(z, t, 1.0) - law.log_marginal(z, t)
+        return value
 
     slope = (log_h(at + step) - log_h(at - step)) / (2 * step)
     by_value = -0.5 * path.diffusion_squared(f64(t)) * slope
@@ -146,7 +148,8 @@ def test_the_bias_is_second_order_in_the_reward(mixture: Any, scale: float, expe
 
 
 def test_quadrature_rules_for_the_tilt(mixture: Any) -> None:
-    # RAM is the right-end rule; averaging it with the reference's own covariance leaves a third-order error.
+    # RAM is the right-end rule; averaging it with the reference's own covariance leaves a third-order
+    # error.
     law, x, t, scale = mixture(), f64(0.4), 0.5, 0.4
     exact = law.velocity(x, t, scale) - law.velocity(x, t)
 
@@ -164,28 +167,23 @@ def test_quadrature_rules_for_the_tilt(mixture: Any) -> None:
 def test_targets_of_other_predictions_are_the_mapped_velocity_target(
     mixture: Any, path: GaussianPath, prediction: Prediction
 ) -> None:
-    # F_ref + r(F_sample − F) needs no conversion: the same function, with the named quantity in the place of Y.
+    # F_ref + r(F_sample − F) needs no conversion: the same function, with the named quantity in the place
+    # of Y.
     law, t, x = mixture(path), f64(0.35), f64(0.6)
     c, d = path.prediction_coefficients(prediction, t)
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)
     x_t = x.expand(9)
     epsilon = path.noise_of(x0, x_t, t.expand(9))
-    named = {"epsilon": epsilon, "sample": x0, "vp_velocity": path.a(t) * epsilon - path.b(t) * x0}[
-        prediction
-    ]
+    named = {"epsilon": epsilon, "sample": x0, "vp_velocity": path.a(t) * epsilon - path.b(t) * x0}[prediction]
     v_ref, v = law.velocity(x_t, 0.35), law.velocity(x_t, 0.35, 1.0)
-    direct = ram_target(
-        v_ref=c * v_ref + d * x_t, v_old=c * v + d * x_t, y=named, scaled_advantage=law.reward(x0)
-    )
+    direct = ram_target(v_ref=c * v_ref + d * x_t, v_old=c * v + d * x_t, y=named, scaled_advantage=law.reward(x0))
     y = path.velocity_target(x0, epsilon, t.expand(9))
     mapped = ram_target(v_ref=v_ref, v_old=v, y=y, scaled_advantage=law.reward(x0))
     torch.testing.assert_close(direct, c * mapped + d * x_t, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        path.to_velocity(direct, prediction, x_t, t.expand(9)), mapped, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(path.to_velocity(direct, prediction, x_t, t.expand(9)), mapped, rtol=1e-12, atol=1e-12)
 
 
-# --- linear reward: the fixed point is exact --------------------------------------------------------------------------
+# --- linear reward: the fixed point is exact ------------------------------------------------------
 
 
 @pytest.mark.parametrize(("t", "x"), [(0.2, -0.5), (0.5, 1.1), (0.9, 2.3)])
@@ -202,7 +200,7 @@ def test_linear_reward_on_a_gaussian_is_solved_exactly(gaussian: Any, t: float, 
 
 
 def test_linear_reward_shifts_the_endpoints_and_keeps_their_spread(gaussian: Any) -> None:
-    # Euler-free check: Runge-Kutta over the engine's own right-hand side carries N(0, 1) to N(1.545, 1.3²).
+    # Runge-Kutta over the engine's own right-hand side carries N(0, 1) to N(1.545, 1.3²).
     law, steps = gaussian(lambda z: 0.5 * z, mean=0.7, std=1.3), 40
     start = f64(-1.5, 0.0, 1.5)
     x, h = start, (1 - 1e-6) / steps
@@ -220,7 +218,7 @@ def test_linear_reward_shifts_the_endpoints_and_keeps_their_spread(gaussian: Any
     torch.testing.assert_close(x, 1.545 + 1.3 * start, rtol=0, atol=2e-4)
 
 
-# --- quadratic reward: the known bias ---------------------------------------------------------------------------------
+# --- quadratic reward: the known bias -------------------------------------------------------------
 
 
 def test_quadratic_reward_by_hand(gaussian: Any) -> None:
@@ -232,7 +230,7 @@ def test_quadratic_reward_by_hand(gaussian: Any) -> None:
 
 
 def endpoint_variance(reference: float, kappa: float, model: float, gaussian: Any) -> float:
-    """Endpoint variance of the ODE whose velocity is RAM's right-hand side, data from N(0, model), base N(0, reference)."""
+    """Endpoint variance of the ODE with RAM's right-hand side: data from N(0, model), base N(0, reference)."""
     law = gaussian(quadratic(kappa), std=math.sqrt(model))
     exponent = 0.0
     for t, width in legendre(0.0, 1.0, 24):
@@ -249,8 +247,8 @@ def test_quadratic_reward_settles_at_the_lambert_variance(
 ) -> None:
     assert exact == pytest.approx(1 / (1 + kappa), abs=5.1e-7)
     assert ram * math.exp(kappa * ram) == pytest.approx(1, abs=6e-6)  # w = W(κ)/κ ⇔ w = e^{−κw}
-    # Starting from endpoints of variance w, the field that RAM asks for produces variance w again; from the exact
-    # optimum's variance it produces more.
+    # Starting from endpoints of variance w, the field that RAM asks for produces variance w again; from the
+    # exact optimum's variance it produces more.
     assert endpoint_variance(1.0, kappa, ram, gaussian) == pytest.approx(ram, abs=2e-6)
     assert endpoint_variance(1.0, kappa, exact, gaussian) > ram > exact + 0.003
 
@@ -280,7 +278,7 @@ def test_anchoring_anew_in_stages_approaches_the_optimum(gaussian: Any, stages: 
     assert endpoint_variance(last, kappa, w, gaussian) == pytest.approx(w, abs=1e-7)
 
 
-# --- the path cost restores exactness ---------------------------------------------------------------------------------
+# --- the path cost restores exactness -------------------------------------------------------------
 
 CORRECTED = [
     ("gaussian", 0.5, 1.0, 0.666667, 0.444444, 0.222222),
@@ -300,7 +298,8 @@ def law(name: str, gaussian: Any, mixture: Any) -> Any:
 def test_basic_target_and_path_cost_add_up_to_the_optimum(
     law: Any, t: float, x: float, optimum: float, basic: float, correction: float
 ) -> None:
-    # 2.1e-6: the third row's literals were rounded from a coarser quadrature (its sum is printed as .509692).
+    # 2.1e-6: the third row's literals were rounded from a coarser quadrature (its sum is printed as
+    # .509692).
     assert law.velocity(f64(x), t, 1.0).item() == pytest.approx(optimum, abs=5.1e-7)
     got_basic, got_correction = ram_side(law, f64(x), t).item(), correction_side(law, x, t)
     assert got_basic == pytest.approx(basic, abs=5.1e-7)
@@ -359,9 +358,7 @@ def estimates(law: Any, x: float, t: float, count: int, seed: int = 0) -> tuple[
     span = torch.full_like(s, t)
 
     def correction(baseline: Tensor) -> Tensor:
-        return path_cost_correction(
-            cost_s=cost_s, cost_t=baseline, span=span, y_s=bridge.y_s[:, None], v_t=v
-        )[:, 0]
+        return path_cost_correction(cost_s=cost_s, cost_t=baseline, span=span, y_s=bridge.y_s[:, None], v_t=v)[:, 0]
 
     return basic[:, 0], correction(cost_t), correction(torch.zeros_like(cost_t))
 
@@ -379,7 +376,7 @@ def test_sampled_target_and_path_cost_have_the_optimum_as_their_mean(
         (got_basic + got_correction, optimum),
     ):
         assert got.mean().item() == pytest.approx(expected, abs=4 * got.std().item() / count**0.5)
-    assert abs((got_basic.mean().item() - optimum)) > 4 * got_basic.std().item() / count**0.5
+    assert abs(got_basic.mean().item() - optimum) > 4 * got_basic.std().item() / count**0.5
 
 
 class ClosedForm:
@@ -394,8 +391,9 @@ class ClosedForm:
 
 
 def test_the_baseline_leaves_the_mean_and_halves_the_spread(gaussian: Any) -> None:
-    # κ = 1, t = ½, x = 1: std .469 with φ_t(X_t) subtracted, .971 without. Kurtosis 58 makes the first's standard error
-    # .0045 here. The second's variance grows as the logarithm of the number of draws (1/β² as s → t), hence its bound.
+    # κ = 1, t = ½, x = 1: std .469 with φ_t(X_t) subtracted, .971 without. Kurtosis 58 makes the first's
+    # standard error .0045 here. The second's variance grows as the logarithm of the number of draws (1/β²
+    # as s → t), hence its bound.
     law, count = gaussian(quadratic(1.0)), 150_000
     closed, x = ClosedForm(law), f64(-0.7, 1.2)
     torch.testing.assert_close(closed.velocity(x, 0.3, 1.0), law.velocity(x, 0.3, 1.0))
@@ -408,9 +406,7 @@ def test_the_baseline_leaves_the_mean_and_halves_the_spread(gaussian: Any) -> No
 
 
 @pytest.mark.parametrize("path", PATHS[:2], ids=["linear", "cosine"])
-def test_the_running_cost_integrates_to_the_divergence_of_the_end_laws(
-    gaussian: Any, path: GaussianPath
-) -> None:
+def test_the_running_cost_integrates_to_the_divergence_of_the_end_laws(gaussian: Any, path: GaussianPath) -> None:
     # Memoryless: ∫ E[φ_t] dt at the optimum = KL(p*_0 ‖ p_ref) = ½(w − 1 − log w) with w = 1/(1 + κ).
     kappa = 1.0
     law, w = gaussian(quadratic(kappa), path=path), 0.5
@@ -423,16 +419,13 @@ def test_the_running_cost_integrates_to_the_divergence_of_the_end_laws(
     assert total == pytest.approx(0.5 * (w - 1 - math.log(w)), abs=1e-7)
 
 
-# --- conditioning -----------------------------------------------------------------------------------------------------
+# --- conditioning ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("t", "expected"), [(0.1, 0.994), (0.3, 0.919), (0.5, 0.707), (0.7, 0.394), (0.9, 0.110)]
-)
-def test_the_mean_advantage_given_a_noised_point_fades_towards_noise(
-    gaussian: Any, t: float, expected: float
-) -> None:
-    # Standardised linear advantage A = X_0 on N(0, 1): E[A | x_t] is linear, so its rms is its slope times the std of X_t.
+@pytest.mark.parametrize(("t", "expected"), [(0.1, 0.994), (0.3, 0.919), (0.5, 0.707), (0.7, 0.394), (0.9, 0.110)])
+def test_the_mean_advantage_given_a_noised_point_fades_towards_noise(gaussian: Any, t: float, expected: float) -> None:
+    # Standardised linear advantage A = X_0 on N(0, 1): E[A | x_t] is linear, so its rms is its slope times
+    # the std of X_t.
     law = gaussian()
     posterior = law.given(f64(1.0), t)
     rms = posterior.mean(posterior.x0).item() * math.hypot(1 - t, t)

@@ -43,7 +43,7 @@ def gradient(loss: Tensor, model: torch.nn.Module, *, keep: bool = False) -> Ten
     return torch.cat([slope.flatten() for slope in slopes])
 
 
-# --- the target -------------------------------------------------------------------------------------------------------
+# --- the target -----------------------------------------------------------------------------------
 
 
 def test_target_by_hand() -> None:
@@ -115,7 +115,7 @@ def test_loss_of_half_precision_is_summed_in_single() -> None:
     assert (got.dtype, got.item()) == (torch.float32, 1.0)
 
 
-# --- zero reward and initial loss -------------------------------------------------------------------------------------
+# --- zero reward and initial loss -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.0, 0.37])
@@ -126,9 +126,7 @@ def test_zero_or_constant_reward_gives_zero_loss_and_gradient_at_the_start(value
     advantage = group_advantages(torch.full((24,), value, dtype=torch.float64), groups).value
     x_t, y = LinearPath().noising(x0, epsilon, t), LinearPath().velocity_target(x0, epsilon, t)
     v = model(x_t).detach()
-    loss = regression_loss(
-        model(x_t), ram_target(v_ref=v, v_old=v, y=y, scaled_advantage=1000 * advantage)
-    ).mean()
+    loss = regression_loss(model(x_t), ram_target(v_ref=v, v_old=v, y=y, scaled_advantage=1000 * advantage)).mean()
     assert loss.item() == 0.0
     assert gradient(loss, model).abs().max().item() == 0.0
 
@@ -136,14 +134,12 @@ def test_zero_or_constant_reward_gives_zero_loss_and_gradient_at_the_start(value
 def test_away_from_the_start_zero_reward_pulls_back_to_the_reference() -> None:
     model, x, reference = Affine(3), normal(24, 3), Affine(4)
     v_ref = reference(x).detach()
-    target = ram_target(
-        v_ref=v_ref, v_old=model(x), y=normal(24, 3, seed=2), scaled_advantage=torch.zeros(24)
-    )
+    target = ram_target(v_ref=v_ref, v_old=model(x), y=normal(24, 3, seed=2), scaled_advantage=torch.zeros(24))
     before = regression_loss(model(x), target).mean()
     step = torch.autograd.grad(before, list(model.parameters()))
     with torch.no_grad():
         for parameter, slope in zip(model.parameters(), step, strict=True):
-            parameter -= 0.1 * slope
+            parameter.add_(slope, alpha=-0.1)
     assert regression_loss(model(x), target).mean() < before
 
 
@@ -156,8 +152,8 @@ def test_initial_loss_is_m_squared_times_the_weighted_flow_matching_loss() -> No
 
 
 def test_initial_loss_of_a_gaussian_is_thousands() -> None:
-    # For N(0, 1) data the flow-matching loss at t is 1/((1−t)² + t²); under p(t) = 2t its mean is π/2. With E[A²] = 1
-    # independent of the data the loss at m = 100 is 10⁴ π/2. Bound: four standard errors.
+    # For N(0, 1) data the flow-matching loss at t is 1/((1−t)² + t²); under p(t) = 2t its mean is π/2. With
+    # E[A²] = 1 independent of the data the loss at m = 100 is 10⁴ π/2. Bound: four standard errors.
     count = 40_000
     x0, epsilon, sign = normal(count, 1), normal(count, 1, seed=1), normal(count, seed=2).sign()
     t = power_law_times((torch.arange(count, dtype=torch.float64) + 0.5) / count, 1.0)
@@ -167,7 +163,7 @@ def test_initial_loss_of_a_gaussian_is_thousands() -> None:
     assert loss.mean().item() == pytest.approx(1e4 * math.pi / 2, abs=4 * loss.std().item() / count**0.5)
 
 
-# --- path cost --------------------------------------------------------------------------------------------------------
+# --- path cost ------------------------------------------------------------------------------------
 
 
 def test_linear_path_cost_by_hand_sums_over_dimensions() -> None:
@@ -202,9 +198,7 @@ def test_bridge_joins_the_endpoint_and_its_noised_point(path: GaussianPath) -> N
     alpha, beta = (k[:, None, None] for k in path.transition(s, t))
     b_s, b_t = path.b(s)[:, None, None], path.b(t)[:, None, None]
     epsilon = (alpha * b_s * epsilon_s + beta * epsilon_t) / b_t
-    torch.testing.assert_close(
-        (alpha * b_s / b_t) ** 2 + (beta / b_t) ** 2, torch.ones(4, 1, 1, dtype=torch.float64)
-    )
+    torch.testing.assert_close((alpha * b_s / b_t) ** 2 + (beta / b_t) ** 2, torch.ones(4, 1, 1, dtype=torch.float64))
     torch.testing.assert_close(bridge.x_t, path.noising(x0, epsilon, t))
     torch.testing.assert_close(bridge.y_0, path.velocity_target(x0, epsilon, t))
     torch.testing.assert_close(bridge.y_s, path.bridge_velocity(bridge.x_s, epsilon_t, s, t))
@@ -230,7 +224,7 @@ def test_correction_carries_no_gradient_and_keeps_single_precision() -> None:
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-# --- neighbouring methods ---------------------------------------------------------------------------------------------
+# --- neighbouring methods -------------------------------------------------------------------------
 
 
 def test_gradient_equals_that_of_advantage_weighted_matching() -> None:
@@ -247,8 +241,8 @@ def test_gradient_equals_that_of_advantage_weighted_matching() -> None:
 
 @pytest.mark.parametrize("reward", [0.0, 0.3, 0.9, 1.0])
 def test_negative_aware_finetuning_has_the_same_residual(reward: float) -> None:
-    # DiffusionNFT per sample: r‖v⁺ − Y‖² + (1 − r)‖v⁻ − Y‖² with v^± = (1 ∓ β) v_old ± β v; its minimiser is RAM's target
-    # with v_old also in the place of the anchor and (2r − 1)/β for m·A.
+    # DiffusionNFT per sample: r‖v⁺ − Y‖² + (1 − r)‖v⁻ − Y‖² with v^± = (1 ∓ β) v_old ± β v; its minimiser
+    # is RAM's target with v_old also in the place of the anchor and (2r − 1)/β for m·A.
     beta, v_old, y = 0.4, 0.6, 1.45
     v = torch.linspace(-6, 6, 240_001, dtype=torch.float64)
     positive, negative = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
@@ -260,7 +254,8 @@ def test_negative_aware_finetuning_has_the_same_residual(reward: float) -> None:
 
 
 def test_fixed_point_of_one_sample_is_the_anchored_velocity_regression() -> None:
-    # The minimiser of ½[r‖v − Y‖² + ‖v − v_ref‖²] goes r/(r + 1) of the way to Y and is where the target returns itself.
+    # The minimiser of ½[r‖v − Y‖² + ‖v − v_ref‖²] goes r/(r + 1) of the way to Y and is where the target
+    # returns itself.
     reward, v_ref, y = 0.6, f64(-0.4), f64(1.2)
     v = v_ref + reward / (reward + 1) * (y - v_ref)
     torch.testing.assert_close(ram_target(v_ref=v_ref, v_old=v, y=y, scaled_advantage=f64(reward)), v)
@@ -279,7 +274,7 @@ def test_full_solves_contract_only_below_one(scaled: float, contracts: bool) -> 
     assert (error < 1) == contracts
 
 
-# --- constant shift of the reward -------------------------------------------------------------------------------------
+# --- constant shift of the reward -----------------------------------------------------------------
 
 
 def cubature() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -316,7 +311,8 @@ def shifted_gradient(parameter: Tensor, family: str, constant: float, omega: flo
 
 @pytest.mark.parametrize(("constant", "expected"), [(0, 0.533333), (1, 1.066667), (-1, 0.0), (-2, -0.533333)])
 def test_constant_reward_acts_on_a_field_with_a_rotation(constant: float, expected: float) -> None:
-    # v = S + ω J x leaves N(0, I) alone, yet the gradient in ω is (4/3)(1 + C) ω: why advantages are centred.
+    # v = S + ω J x leaves N(0, I) alone, yet the gradient in ω is (4/3)(1 + C) ω: why advantages are
+    # centred.
     omega = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert shifted_gradient(omega, "rotation", constant, 0.0).item() == pytest.approx(expected, abs=1e-6)
 

@@ -43,7 +43,7 @@ def derivative(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1
     return (function(at + step) - function(at - step)) / (2 * step)
 
 
-# --- coefficients -----------------------------------------------------------------------------------------------------
+# --- coefficients ---------------------------------------------------------------------------------
 
 
 @paths
@@ -79,14 +79,13 @@ def test_diffusion_of_each_path_in_closed_form() -> None:
     t = f64(0.1, 0.5, 0.9)
     torch.testing.assert_close(LinearPath().diffusion_squared(t), 2 * t / (1 - t))
     torch.testing.assert_close(CosinePath().diffusion_squared(t), math.pi * torch.tan(math.pi / 2 * t))
-    torch.testing.assert_close(
-        VarianceExplodingPath(3.0).diffusion_squared(t), 18 * t
-    )  # d(b²)/dt where a = 1
+    torch.testing.assert_close(VarianceExplodingPath(3.0).diffusion_squared(t), 18 * t)  # d(b²)/dt where a = 1
 
 
 @paths
 def test_forward_diffusion_has_the_noising_law(path: GaussianPath) -> None:
-    # The moments of dX = f dt + g dW started at x_0 obey m' = (ȧ/a) m and V' = 2(ȧ/a) V + g²; they must be a x_0 and b².
+    # The moments of dX = f dt + g dW started at x_0 obey m' = (ȧ/a) m and V' = 2(ȧ/a) V + g²; they must be
+    # a x_0 and b².
     t = f64(0.2, 0.55, 0.8)
     variance_rate = 2 * path.drift_rate(t) * path.b(t) ** 2 + path.diffusion_squared(t)
     torch.testing.assert_close(variance_rate, derivative(lambda u: path.b(u) ** 2, t), rtol=1e-7, atol=1e-8)
@@ -110,14 +109,12 @@ def test_scalar_times_pass_through() -> None:
     assert broadcast_times(torch.zeros(4), torch.zeros(4, 2, 3)).shape == (4, 1, 1)
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 @paths
 @pytest.mark.parametrize(("t", "x"), [(0.3, 0.4), (0.6, -0.5), (0.85, 1.3)])
-def test_score_is_the_gradient_of_the_log_marginal(
-    mixture: Any, path: GaussianPath, t: float, x: float
-) -> None:
+def test_score_is_the_gradient_of_the_log_marginal(mixture: Any, path: GaussianPath, t: float, x: float) -> None:
     law, at = mixture(path), f64(x)
     expected = derivative(lambda z: law.log_marginal(z, t), at)
     got = path.score(law.velocity(at, t), at, f64(t))
@@ -156,7 +153,7 @@ def test_bridge_score_error_of_a_wrong_velocity() -> None:
         assert error.item() == pytest.approx(4 * 0.5, rel=1e-13)
 
 
-# --- transitions and bridge velocities --------------------------------------------------------------------------------
+# --- transitions and bridge velocities ------------------------------------------------------------
 
 
 @paths
@@ -194,9 +191,7 @@ def test_linear_bridge_velocity_in_its_textbook_form() -> None:
 
 @paths
 @pytest.mark.parametrize("x_s", [-0.8, 0.5, 1.9])
-def test_bridge_velocity_is_the_score_of_the_backward_kernel(
-    mixture: Any, path: GaussianPath, x_s: float
-) -> None:
+def test_bridge_velocity_is_the_score_of_the_backward_kernel(mixture: Any, path: GaussianPath, x_s: float) -> None:
     # ½ g_t² ∇_{x_t} log p_{s|t}(x_s | x_t) = v_t − Y^(s), with p_{s|t} ∝ p_{t|s}(x_t | x_s)/p_t(x_t).
     law, s, t, at = mixture(path), f64(0.25), 0.6, f64(0.4)
     alpha, beta = path.transition(s, f64(t))
@@ -215,7 +210,7 @@ def test_bridge_velocity_is_finite_at_pure_noise_and_where_the_times_meet() -> N
     assert torch.isfinite(LinearPath().bridge_velocity(single, torch.ones(1), single, single)).all()
 
 
-# --- prediction types -------------------------------------------------------------------------------------------------
+# --- prediction types -----------------------------------------------------------------------------
 
 
 @paths
@@ -255,7 +250,7 @@ def test_vp_coefficients_in_closed_form() -> None:
     torch.testing.assert_close(path.prediction_coefficients("epsilon", t)[0], 2 / math.pi * path.a(t))
 
 
-# --- time density and grids -------------------------------------------------------------------------------------------
+# --- time density and grids -----------------------------------------------------------------------
 
 
 def stratified(count: int) -> Tensor:
@@ -308,7 +303,8 @@ def test_grid_equals_the_public_scheduler(steps: int, shift: float) -> None:
 
 
 def test_mean_time_depends_on_which_grid_carries_the_weight() -> None:
-    # Continuous 2t gives 2/3 (above); weights ∝ σ on the sampler's 20 steps .790; on a fine shifted grid .781.
+    # Continuous 2t gives 2/3 (above); weights ∝ σ on the sampler's 20 steps .790; on a fine shifted grid
+    # .781.
     coarse, fine = shifted_sigmas(20, 3.0), shifted_sigmas(20_000, 3.0, train_timesteps=10**9)
     assert (coarse.square().sum() / coarse.sum()).item() == pytest.approx(0.790, abs=5e-4)
     assert (fine.square().sum() / fine.sum()).item() == pytest.approx(0.781, abs=5e-4)

@@ -43,9 +43,7 @@ def test_a_row_depends_on_its_own_seed_only() -> None:
     assert together.shape == (8, 2, 5, 3)
     assert together.dtype == torch.float32
     assert torch.equal(keyed_normal(keys[::-1], (2, 5, 3), CPU), together.flip(0))
-    halves = [
-        keyed_normal(part, (2, 5, 3), CPU) for part in (keys[:3], keys[3:])
-    ]  # as two processes would draw
+    halves = [keyed_normal(part, (2, 5, 3), CPU) for part in (keys[:3], keys[3:])]  # as two processes would draw
     assert torch.equal(torch.cat(halves), together)
 
 
@@ -74,7 +72,7 @@ def test_normals_are_standard_and_rows_independent() -> None:
 def test_uniforms_are_uniform() -> None:
     u = keyed_uniform(seeds(20_000))
     assert u.dtype == torch.float64
-    assert (0 <= u.min()) and (u.max() < 1)
+    assert (u.min() >= 0) and (u.max() < 1)
     # Kolmogorov-Smirnov at about 1e-3: 1.95/√N.
     ranks = (torch.arange(len(u), dtype=torch.float64) + 0.5) / len(u)
     assert (u.sort().values - ranks).abs().max().item() < 1.95 / len(u) ** 0.5

@@ -1,0 +1,1 @@
+"""Generators of the shipped prompt sets, one module per family of sets."""
