@@ -160,8 +160,11 @@ class RamSection(Section):
 class OptimizerSection(Section):
     """AdamW."""
 
-    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Learning rate, constant after the warm-up")
+    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Learning rate after the warm-up")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear learning-rate warm-up")
+    lr_half_life: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Steps in which the learning rate halves; none (the paper's) keeps it constant"
+    )
     beta1: Decay = Field(default=0.9, description="AdamW β1")
     beta2: Decay = Field(default=0.99, description="AdamW β2")
     epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW ε")

@@ -5,7 +5,9 @@ Several machines are the business of ``accelerate launch`` or ``torchrun``, whic
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,15 @@ from typing import IO
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0
+_FIRST_WORD_SECONDS = 10.0
+
+
+class _Terminated(Exception):
+    """A SIGTERM has reached the launching process."""
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise _Terminated
 
 
 def is_launched() -> bool:
@@ -55,12 +66,17 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         log: IO[bytes] = tempfile.TemporaryFile()
         logs.append(log)
         running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         return _wait(running, logs)
-    except KeyboardInterrupt:  # the terminal has sent it to the children, too
+    except _Terminated:
+        _end(running, terminate=True)
+        return 130
+    except KeyboardInterrupt:  # a terminal has sent it to the children, too; `kill` has not
         _end(running, terminate=False)
         return 130
     finally:
+        signal.signal(signal.SIGTERM, previous)
         for log in logs:
             log.close()
 
@@ -70,15 +86,20 @@ def _wait(running: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
         codes = [process.poll() for process in running]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            time.sleep(1.0)  # the first process usually fails for the same reason, and says it better
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # It usually fails for the same reason, says it better, and has a report to write.
+                running[0].wait(_FIRST_WORD_SECONDS)
             first_spoke = running[0].poll() not in (None, 0)
             _end(running, terminate=True)
-            if not first_spoke:
+            code = running[failed[0]].returncode
+            if code < 0:
+                sys.stderr.write(f"Process {failed[0]} was killed by {signal.Signals(-code).name}.\n")
+            elif not first_spoke:
                 told = logs[failed[0] - 1]
                 told.seek(0)
                 sys.stderr.write(f"Process {failed[0]} failed:\n" + told.read().decode(errors="replace")[-2000:])
-            code = running[0].returncode if first_spoke else running[failed[0]].returncode
-            return code if code and code > 0 else 1
+            code = running[0].returncode if first_spoke else code
+            return code if code > 0 else 1
         if all(code == 0 for code in codes):
             return 0
         time.sleep(_POLL_SECONDS)
@@ -94,5 +115,8 @@ def _end(running: list[subprocess.Popen[bytes]], *, terminate: bool) -> None:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            if not terminate:
+                _end(running, terminate=True)
+                return
             process.kill()
             process.wait()

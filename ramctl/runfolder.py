@@ -90,7 +90,9 @@ class RunFolder:
         Raises:
             RunFolderError: it belongs to another preset, or is no run folder at all.
         """
-        others = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        # Our lock, and what a killed process left of its first file, do not make it somebody's folder.
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        others = [name for name in names if name != ".lock" and not name.startswith(f".{CONFIG_FILE}.")]
         config_file = self.path / CONFIG_FILE
         if not others:
             return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ from ramctl.engine.guard import Guard
 from ramctl.engine.metrics import paired_interval, reward_metrics
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import StepResult, Trainer
-from ramctl.errors import RamctlError
+from ramctl.errors import ConfigError, DataError, RamctlError
 from ramctl.image_stats import image_statistics
 from ramctl.images import make_grid, save_png
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag
@@ -112,6 +113,14 @@ def make_reward(config: Config) -> Reward:
     )
 
 
+def _check_prompts(reward: Reward, path: str, prompts: Sequence[Prompt]) -> None:
+    """Let the scorers refuse a file's prompts; the error names the file."""
+    try:
+        reward.check_prompts(prompts)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"ramctl": ramctl.__version__, "python": platform.python_version()}
@@ -161,15 +170,13 @@ def train(
     folder = output or Path("outputs") / config.name
     path = world.broadcast(str(numbered(folder) if fresh else folder))
     run_folder = RunFolder(Path(path))
-    with _terminated_like_interrupt(), _main_lock(run_folder, world):
-        if world.is_main:
-            run_folder.check_owner(config)
+    with _terminated_like_interrupt(), _main_lock(run_folder, world, config):
         run = Run(settings, run_folder, world, device, told)
         return run.go()
 
 
 @contextmanager
-def _main_lock(folder: RunFolder, world: World) -> Iterator[None]:
+def _main_lock(folder: RunFolder, world: World, config: Config) -> Iterator[None]:
     """The main process holds the lock; the others wait until it has it, and stop when it does not get it."""
     with ExitStack() as stack:
         problem: str | None = None
@@ -177,6 +184,7 @@ def _main_lock(folder: RunFolder, world: World) -> Iterator[None]:
         if world.is_main:
             try:
                 stack.enter_context(folder.locked())
+                folder.check_owner(config)
             except RamctlError as error:
                 problem, refusal = str(error), error
         problem = world.broadcast(problem)
@@ -198,6 +206,7 @@ class Run:
         self.tracker: Tracker = NoTracker()
         self.run_id = ""
         self.seconds_before = 0.0
+        self.began = datetime.now(UTC)
         self.started = time.perf_counter()
         self.best_value = -np.inf
         self.config_text = ""
@@ -208,10 +217,16 @@ class Run:
         """Set up, resume, loop, finish."""
         config = self.config
         self._set_threads()
+        if self.world.size > config.images_per_step:
+            raise ConfigError(
+                f"{self.world.size} processes cannot share {config.images_per_step} pictures per step "
+                "(rollout.prompts_per_step times rollout.images_per_prompt). Use fewer processes."
+            )
         train_prompts = read_prompts(find_resource(config.prompts.train))
         held_out = self._held_out()
         reward = make_reward(config)
-        reward.check_prompts([*train_prompts, *held_out])
+        _check_prompts(reward, config.prompts.train, train_prompts)
+        _check_prompts(reward, config.prompts.evaluation or "", held_out)
         if self.world.is_main:
             self.observer.note(f"Checking the scorers {', '.join(reward.names)} on pictures with known answers")
             reward.self_test()
@@ -228,10 +243,13 @@ class Run:
         try:
             outcome = self._loop()
         except KeyboardInterrupt:
-            self._finish("killed", "interrupted")
+            with suppress(Exception):
+                self._finish("killed", "interrupted")
             raise
         except BaseException as error:
-            self._finish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            # A full disk stops the report, too; what is told must be the first failure.
+            with suppress(Exception):
+                self._finish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise
         return outcome
 
@@ -269,6 +287,7 @@ class Run:
             self.guard.restore(extra["guard"])
             self.best_value = extra["best_value"] if extra["best_value"] is not None else -np.inf
             self.seconds_before = extra["seconds"]
+            self.began = datetime.fromisoformat(extra["started"])
             self.observer.note(f"Resuming from {checkpoint} (step {self.trainer.step_index})")
         if self.world.is_main:
             self.config_text = self.folder.write_config(self.settings)
@@ -313,12 +332,18 @@ class Run:
         """Write a step's metrics; the guard's reason to stop, if it has one (the same on every process)."""
         metrics = dict(result.metrics)
         reason = self.guard.update(metrics["reward/mean"], metrics["drift"])
+        metrics.update(self._image_metrics(result.images))
         if self.world.is_main:
-            metrics.update({f"images/{name}": value for name, value in image_statistics(result.images).items()})
             self.folder.append("metrics.jsonl", metrics)
             self.tracker.log(int(metrics["step"]), metrics)
             self.observer.step(metrics, self.config.train.steps)
         return reason if self.config.train.guard else None
+
+    def _image_metrics(self, images: NDArray[np.uint8]) -> dict[str, float]:
+        """Image statistics over the pictures of all processes."""
+        parts = self.world.gather((len(images), image_statistics(images)))
+        total = sum(count for count, _ in parts)
+        return {f"images/{name}": sum(count * part[name] for count, part in parts) / total for name in parts[0][1]}
 
     def _evaluate(self, which: Literal["reference", "evaluation"]) -> float | None:
         """Evaluate, write the row, the pictures and the report; the mean held-out value."""
@@ -351,6 +376,7 @@ class Run:
                 "run_id": self.run_id,
                 "guard": self.guard.state(),
                 "best_value": self.best_value if np.isfinite(self.best_value) else None,
+                "started": self.began.isoformat(),
                 "seconds": self._seconds(),
                 "versions": versions(),
             }
@@ -395,7 +421,7 @@ class Run:
                 reason=reason,
                 step=step,
                 total_steps=self.config.train.steps,
-                started=datetime.now(UTC),
+                started=self.began,
                 seconds=self._seconds(),
                 best_step=int(best.name.removeprefix("step-")) if best else None,
                 metrics=self.folder.rows("metrics.jsonl"),
@@ -406,8 +432,8 @@ class Run:
                 versions=versions(),
                 commands={
                     "Resume": _command_line(),
-                    "Evaluate": f"ramctl evaluate {folder}/latest",
-                    "Sample": f"ramctl sample {folder}/latest --compare-base",
+                    "Evaluate": shlex.join(["ramctl", "evaluate", f"{folder}/latest"]),
+                    "Sample": shlex.join(["ramctl", "sample", f"{folder}/latest", "--compare-base"]),
                 },
             ),
         )
@@ -416,7 +442,7 @@ class Run:
 def _command_line() -> str:
     """The command that resumes this run: the one that was typed, without ``--fresh``."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-    return " ".join(["ramctl", *arguments]) if arguments else "ramctl train"
+    return shlex.join(["ramctl", *arguments]) if arguments else "ramctl train"
 
 
 def config_rows(settings: Settings) -> list[ConfigRow]:

@@ -104,7 +104,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder (the file is named), or None when every file matches its manifest."""
     manifest_path = folder / MANIFEST_FILE
     try:
-        manifest: dict[str, str] = json.loads(manifest_path.read_text(encoding="utf-8"))["sha256"]
+        manifest: dict[str, str] = dict(json.loads(manifest_path.read_text(encoding="utf-8"))["sha256"])
     except FileNotFoundError:
         return f"{manifest_path} is missing"
     except (OSError, ValueError, KeyError, TypeError):
@@ -195,8 +195,11 @@ class CheckpointStore:
         (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         manifest = {"sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())}}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*folder.iterdir(), folder]:
+        for path in folder.iterdir():
+            # safetensors makes its files readable by their owner only; colleagues share run folders.
+            path.chmod((folder / STATE_FILE).stat().st_mode)
             _flush(path)
+        _flush(folder)
 
     def _prune(self, newest: str) -> None:
         best = self.best
@@ -271,7 +274,8 @@ def find_checkpoint(path: Path) -> Path:
     """
     pointed = _pointed(path)
     if pointed is not None:
-        path = pointed
+        # A kill while a step was written anew can leave `latest` pointing at nothing for as long as nobody resumes.
+        path = path.parent if path.name == "latest" and not pointed.exists() else pointed
     if (path / MANIFEST_FILE).is_file():
         return path
     if path.is_dir():

@@ -111,13 +111,17 @@ class Policy:
         """Restore the sets ``policy``, ``old`` and ``evaluation`` (those given), by parameter name.
 
         Raises:
-            KeyError: a tensor is missing, or one is not a trained parameter of this policy.
+            KeyError: a tensor is missing, is not a trained parameter of this policy, or has another shape.
         """
         for which, values in tensors.items():
             destination = self.parameters if which == "policy" else self.sets[which]
             wrong = set(values) ^ set(destination)
             if wrong:
                 raise KeyError(f"set {which!r}: {len(wrong)} tensors do not match, e.g. {min(wrong)}")
+            for name, value in values.items():
+                if value.shape != destination[name].shape:  # copy_ would broadcast a LoRA of rank 1 into any other
+                    shapes = f"{tuple(value.shape)}, not {tuple(destination[name].shape)}"
+                    raise KeyError(f"set {which!r}: {name} has the shape {shapes}")
             for name, value in values.items():
                 destination[name].copy_(value)
         self._loaded = ""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ramctl.backbones.base import Backbone
-from ramctl.config import Config
+from ramctl.config import Config, OptimizerSection
 from ramctl.engine.advantage import group_advantages
 from ramctl.engine.distributed import World
 from ramctl.engine.metrics import reward_metrics
@@ -118,7 +118,7 @@ class Trainer:
 
         Raises:
             ScorerError: more pictures than ``reward.max_failed_share`` could not be scored.
-            DivergedError: the loss or the gradient is not finite; the weights are those of before the step.
+            DivergedError: the loss or the gradient is not finite; that update is not made.
         """
         clock = _Clock()
         config, world = self.config, self.world
@@ -288,6 +288,7 @@ class Trainer:
             chosen_noisings = range(update * count // updates, (update + 1) * count // updates)
             total = self.config.images_per_step * len(chosen_noisings)
             self.optimizer.zero_grad(set_to_none=True)
+            bad: set[int] = set()
             for rows, images, noisings in self._batches(share, self.micro_batch, chosen_noisings):
                 items = self._noise(endpoints.latents[rows], images, noisings)
                 text = endpoints.text.select(endpoints.text_row[rows])
@@ -296,13 +297,15 @@ class Trainer:
                 target = self._target(items, sweep, chosen, advantages[rows])
                 prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
                 losses = regression_loss(prediction, target)
-                self._refuse_nonfinite(losses.detach(), images)
+                finite = torch.isfinite(losses.detach()).tolist()
+                bad.update(image for image, ok in zip(images, finite, strict=True) if not ok)
                 (losses.sum() / total).backward()  # type: ignore[no-untyped-call]
                 drift = regression_loss(prediction.detach(), sweep.v_ref[chosen])
                 size = target.square().flatten(1).mean(1)
                 sums += torch.stack([losses.detach().sum(), size.sum(), drift.sum()]).double().cpu()
                 done += len(rows)
                 self.progress("train", done, len(share) * count)
+            self._refuse_nonfinite(bad)
             norms.append(self._update())
         self.world.sum_([sums])
         loss, target_square, drift_mean = (sums / self.config.items_per_step).tolist()
@@ -314,12 +317,14 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _refuse_nonfinite(self, losses: Tensor, images: Sequence[int]) -> None:
-        bad = sorted({image for image, ok in zip(images, torch.isfinite(losses).tolist(), strict=True) if not ok})
+    def _refuse_nonfinite(self, mine: set[int]) -> None:
+        # Gathered, so that every process stops with the same words; else the others would wait for this one's gradient.
+        bad = sorted(image for part in self.world.gather(mine) for image in part)
         if bad:
+            shown = f"{', '.join(map(str, bad[:8]))}{' …' if len(bad) > 8 else ''}"
             raise DivergedError(
-                f"Step {self.step_index + 1}: the loss of pictures {', '.join(map(str, bad[:8]))} is not finite. "
-                "Lower optimizer.lr or ram.reward_multiplier, or set ram.advantage_clip."
+                f"Step {self.step_index + 1}: the loss of {len(bad)} of {self.config.images_per_step} pictures is not "
+                f"finite (numbers {shown}). Lower optimizer.lr or ram.reward_multiplier, or set ram.advantage_clip."
             )
 
     def _update(self) -> float:
@@ -335,9 +340,8 @@ class Trainer:
             raise DivergedError(
                 f"Step {self.step_index + 1}: the gradient is not finite. Lower optimizer.lr or ram.reward_multiplier."
             )
-        warmup = self.config.optimizer.warmup_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * min(1.0, (self.step_index + 1) / max(1, warmup))
+            group["lr"] = learning_rate(self.config.optimizer, self.step_index)
         self.optimizer.step()
         return norm
 
@@ -346,6 +350,13 @@ class Trainer:
         ram, evaluation, k = self.config.ram, self.config.evaluation, self.step_index
         self.policy.follow("old", old_decay(k, ram.old_ema_decay, ram.old_ema_warmup))
         self.policy.follow("evaluation", evaluation_decay(k, evaluation.ema_decay, warmup=evaluation.ema_warmup))
+
+
+def learning_rate(optimizer: OptimizerSection, step: int) -> float:
+    """The learning rate after ``step`` finished steps: linear warm-up, then constant or halving."""
+    warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+    half_life = optimizer.lr_half_life
+    return optimizer.lr * warm * (1.0 if half_life is None else 0.5 ** (step / half_life))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The prompt sets of the embedded model, ``geneval-tiny`` and ``ocr-tiny``: ``python -m ramctl.promptsets.tiny prompts``.
+"""The prompt sets of the embedded model, written by ``python -m ramctl.promptsets.tiny prompts``.
 
-Every choice follows from hashes of ``SEED`` and what is chosen among, not from a random generator, so the four files are
-the same bytes on every machine and with every release of every package. A set is split by what a prompt asks for: the
-two orders of "a circle and a square", or "left of" and its mirrored "right of", never stand on both sides.
+Every choice follows from hashes of ``SEED`` and what is chosen among, not from a random generator, so the four files
+are the same bytes on every machine and with every release of every package. A set is split by what a prompt asks for:
+the two orders of "a circle and a square", or "left of" and its mirrored "right of", never stand on both sides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ramctl.tinyworld.grammar import Metadata, all_scenes, scene_key, scene_prom
 
 SEED = 20260510
 
-#: Held-out arrangements by tag. Those of two_object and position are asked for in both phrasings: twice as many prompts.
+#: Held-out arrangements by tag; those of two_object and position are asked for in both phrasings, which doubles them.
 HELD_OUT: Mapping[str, int] = {
     "single_object": 2,
     "two_object": 4,

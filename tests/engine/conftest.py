@@ -40,7 +40,7 @@ class TiltedLaw:
     path: GaussianPath
     log_density: Function
     reward: Function
-    nodes: int = 451
+    nodes: int = 257
 
     def given(self, x: Tensor, t: float | Tensor, tilt: float = 0.0) -> Posterior:
         """Posterior at the points x [M], all at time t or each at its own t [M]."""

@@ -65,13 +65,13 @@ def ram_side(
     return mean
 
 
-def correction_side(law: Any, x: float, t: float, nodes: int = 24) -> float:
+def correction_side(law: Any, x: float, t: float, nodes: int = 16) -> float:
     """−∫_0^t E[φ_s(X_s)(Y^(s) − v_t) | X_t = x] ds at the optimum, X_s drawn from the backward kernel p_{s|t}."""
     at, v_t = f64(x), law.velocity(f64(x), t, 1.0)
     total = 0.0
     for s, width in legendre(0.0, t, nodes):
         alpha, beta = law.path.transition(f64(s), f64(t))
-        epsilon = torch.linspace(-9, 9, 451, dtype=torch.float64)
+        epsilon = torch.linspace(-9, 9, 257, dtype=torch.float64)
         x_s = (at - beta * epsilon) / alpha
         weight = torch.softmax(-0.5 * epsilon**2 + law.log_marginal(x_s, s, 1.0), 0)
         cost = path_cost(
@@ -367,8 +367,8 @@ def estimates(law: Any, x: float, t: float, count: int, seed: int = 0) -> tuple[
 def test_sampled_target_and_path_cost_have_the_optimum_as_their_mean(
     law: Any, t: float, x: float, optimum: float, basic: float, correction: float
 ) -> None:
-    # Four standard errors each, of 10,000 draws.
-    count = 10_000
+    # Four standard errors each, of 8,000 draws.
+    count = 8_000
     got_basic, got_correction, _ = estimates(law, x, t, count)
     for got, expected in (
         (got_basic, basic),
@@ -391,15 +391,16 @@ class ClosedForm:
 
 
 def test_the_baseline_leaves_the_mean_and_halves_the_spread(gaussian: Any) -> None:
-    # κ = 1, t = ½, x = 1: std .469 with φ_t(X_t) subtracted, .971 without. Kurtosis 58 makes the first's
-    # standard error .0045 here. The second's variance grows as the logarithm of the number of draws (1/β²
-    # as s → t), hence its bound.
+    # κ = 1, t = ½, x = 1: std .469 with φ_t(X_t) subtracted, .971 without. Kurtosis 58 makes the first's standard error
+    # .0045 here. The second's variance diverges as the logarithm of the number of draws (1/β² as s → t), so its std is
+    # no constant: the median over blocks of 10,000 is about .88, over blocks of 200,000 about .97.
     law, count = gaussian(quadratic(1.0)), 150_000
     closed, x = ClosedForm(law), f64(-0.7, 1.2)
     torch.testing.assert_close(closed.velocity(x, 0.3, 1.0), law.velocity(x, 0.3, 1.0))
     _, with_baseline, without = estimates(closed, 1.0, 0.5, count)
     assert with_baseline.std().item() == pytest.approx(0.469, abs=0.018)
-    assert without.std().item() == pytest.approx(0.971, abs=0.15)
+    assert without.reshape(15, -1).std(1).median().item() == pytest.approx(0.88, abs=0.06)
+    assert without.std() > 1.9 * with_baseline.std()
     difference = with_baseline - without
     assert difference.mean().item() == pytest.approx(0, abs=4 * difference.std().item() / count**0.5)
     assert with_baseline.mean().item() == pytest.approx(2 / 9, abs=4 * 0.469 / count**0.5)

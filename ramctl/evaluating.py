@@ -1,0 +1,480 @@
+"""The held-out protocol: the library behind ``ramctl evaluate``.
+
+An evaluation is a folder: ``images/`` (pictures and their list), ``protocol.json`` (all that the pictures depend on),
+``scores.jsonl`` (one line per picture) and ``scores.json`` (protocol, hashes, versions and results). Pictures that the
+folder already has of the same protocol are kept. Several processes each draw and score their share; the first writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ramctl.config import Config, EvaluationSection, RewardTerm
+from ramctl.engine.distributed import World, connect
+from ramctl.engine.randomness import keyed_seed
+from ramctl.errors import DataError, RamctlError, ScorerError, UsageError
+from ramctl.evaluation_results import Compared, Evaluated, combine, compare, joined, results_json
+from ramctl.images import ImageRow
+from ramctl.prompts import Prompt, read_prompts, spread_by_tag
+from ramctl.resources import find_resource
+from ramctl.sampling import DrawSettings, Picture, Progress, draw, list_pictures, picture_name
+from ramctl.scorers.base import Scorer
+from ramctl.scoring import (
+    ScoredImages,
+    check_used,
+    image_rows,
+    make_scorers,
+    number,
+    run_self_tests,
+    score_images,
+    summarise,
+    write_json_lines,
+    write_whole,
+)
+from ramctl.sources import OpenModel, Source, find_source, open_source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMAGES, PROTOCOL, LINES, SCORES = "images", "protocol.json", "scores.jsonl", "scores.json"
+#: What ``compare`` may be besides a source: the checkpoint's own base model.
+BASE = "base"
+DRAWBENCH = "drawbench"
+#: Which weights of an open model draw: the source's, or those it was trained from.
+Network = Literal["own", "base"]
+OWN_NETWORK: Network = "own"
+BASE_NETWORK: Network = "base"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn and how it is judged, before any model is loaded.
+
+    ``prompts`` are those used of ``file``; ``terms`` give scorer → weight, scale and options.
+    """
+
+    file: Path
+    prompts: Sequence[Prompt]
+    limit: int
+    settings: DrawSettings
+    terms: Mapping[str, RewardTerm]
+
+    @property
+    def texts_hash(self) -> str:
+        """SHA-256 of the prompts' texts in order: what the pictures depend on."""
+        return hashlib.sha256(json.dumps([prompt.text for prompt in self.prompts]).encode()).hexdigest()
+
+    @property
+    def file_hash(self) -> str:
+        """SHA-256 of the prompt file."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def pictures(self) -> list[Picture]:
+        """All pictures; their noise is that of the evaluations during training."""
+        count, seed = self.settings.images_per_prompt, self.settings.seed
+        return [
+            Picture(picture_name(p, i, count), prompt, keyed_seed(seed, "evaluation", 0, p * count + i))
+            for p, prompt in enumerate(self.prompts)
+            for i in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one call of :func:`evaluate` found; ``is_main`` is false on the processes that write nothing.
+
+    ``drawbench`` and ``drawbench_compared`` are the same for the DrawBench prompts, where metrics for them were named.
+    """
+
+    evaluated: Evaluated
+    compared: Compared | None
+    drawbench: Evaluated | None = None
+    drawbench_compared: Compared | None = None
+    is_main: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate and how; everything unset comes from the source's training config (or the preset).
+
+    Attributes:
+        source: as :func:`ramctl.sources.find_source` takes it; with ``is_model`` it must be a base model.
+        compare: another source, or ``"base"`` for the checkpoint's own base model.
+        rewards, options: scorers and what they are made with.
+        limit: prompts used, spread over the tags; 0 for all.
+        settings: fields of :class:`~ramctl.sampling.DrawSettings`.
+        output: the evaluation's folder; by default ``evaluations/<label>`` beside the checkpoint, and
+            ``outputs/evaluations/<label>`` for a base model.
+        drawbench_metrics: scorers for the prompts of ``drawbench_prompts``; they go into ``drawbench/`` inside it.
+    """
+
+    source: str
+    is_model: bool = False
+    compare: str | None = None
+    preset: str | None = None
+    prompts: Path | None = None
+    rewards: Sequence[str] = ()
+    options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    limit: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    weights: str = "evaluation"
+    base: str | None = None
+    device: str = "auto"
+    precision: str | None = None
+    self_test: bool = True
+    drawbench_metrics: Sequence[str] = ()
+    drawbench_prompts: Path | None = None
+
+
+def evaluate(request: Request, progress: Progress | None = None) -> Report:
+    """Draw, score and write what the request says; called by every process alike where there are several.
+
+    Raises:
+        UsageError: settings that make no sense, or no prompts or scorers to be had.
+        DataError: a prompt lacks what a scorer needs; ``output`` holds something else.
+        ScorerError: a scorer fails its self-test, or could score no picture.
+        CheckpointError, MissingDependencyError, ConfigError: a source cannot be loaded.
+    """
+    preset = _preset(request.preset)
+    found = find_source(request.source, preset=preset, base=request.base)
+    if request.is_model and found.checkpoint is not None:
+        raise UsageError(f"{request.source} is a checkpoint, no base model; give it without --model.")
+    other = _find_other(request, found, preset)
+    config = preset or found.config
+    plans = [make_plan(request, config), *_drawbench_plan(request, config)]
+    scorers = [make_scorers(list(p.terms), {name: term.options for name, term in p.terms.items()}) for p in plans]
+    for plan, chosen in zip(plans, scorers, strict=True):
+        for scorer in chosen:
+            scorer.check_prompts(plan.prompts)
+    world, _ = connect(request.device)
+    _share_cores(world)
+    if request.self_test and world.is_main:
+        run_self_tests([scorer for chosen in scorers for scorer in chosen])
+    model = open_source(found, device=request.device, precision=request.precision, which=request.weights)
+    second, network = model, BASE_NETWORK
+    if other is not None:
+        which = request.weights if other.checkpoint is not None else "evaluation"
+        second = open_source(other, device=request.device, precision=request.precision, which=which)
+        network = OWN_NETWORK
+    found_parts: list[tuple[Evaluated, Compared | None]] = []
+    for plan, chosen in zip(plans, scorers, strict=True):
+        work = _Work(plan, chosen, world, progress)
+        before = found_parts[0] if found_parts else None
+        found_parts.append(_one_plan(work, request, (model, second, network), before))
+    (mine, compared), *more = found_parts
+    drawbench, drawbench_compared = more[0] if more else (None, None)
+    return Report(mine, compared, drawbench, drawbench_compared, world.is_main)
+
+
+def _one_plan(
+    work: _Work,
+    request: Request,
+    models: tuple[OpenModel, OpenModel, Network],
+    before: tuple[Evaluated, Compared | None] | None,
+) -> tuple[Evaluated, Compared | None]:
+    """One plan for the source and what it is compared with; a second plan goes inside the folders of the first."""
+    model, second, network = models
+    if before is None:
+        mine = work.run(model, OWN_NETWORK, request.output, _default_folder(model, OWN_NETWORK))
+    else:
+        mine = work.run(model, OWN_NETWORK, None, before[0].folder / DRAWBENCH)
+    if request.compare is None:
+        return mine, None
+    place = _default_folder(second, network)
+    if before is not None and before[1] is not None:
+        other = work.run(second, network, None, before[1].other.folder / DRAWBENCH)
+    else:
+        inside = None if request.output is None else request.output / f"compare-{place.name}"
+        other = work.run(second, network, inside, place)
+    compared = compare(mine, other)
+    if work.world.is_main:
+        _write_comparison(mine.folder / SCORES, compared)
+    work.world.barrier()
+    return mine, compared
+
+
+def make_plan(request: Request, config: Config | None) -> Plan:
+    """Prompts, settings and scorers of a request, over those of a config.
+
+    Raises:
+        UsageError: neither the request nor a config names prompts or scorers.
+        DataError: the prompt file is absent or broken.
+    """
+    given = request.prompts or (config.prompts.evaluation if config is not None else None)
+    if given is None:
+        raise UsageError(
+            f"{request.source} brings no held-out prompts: give --preset NAME, or --prompts FILE and --rewards NAME."
+        )
+    terms = dict(config.reward.scorers) if config is not None else {}
+    if request.rewards:
+        terms = {name: terms.get(name, RewardTerm()) for name in request.rewards}
+    if not terms:
+        raise UsageError(f"No scorer for {request.source}: give --rewards NAME, or --preset NAME.")
+    check_used(request.options, [*terms, *request.drawbench_metrics])
+    for name, options in request.options.items():
+        if name in terms:
+            term = terms[name]
+            terms[name] = term.model_copy(update={"options": {**term.options, **options}})
+    section = config.evaluation if config is not None else EvaluationSection()
+    return _plan(request, section, given, section.prompts, terms)
+
+
+def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
+    if not request.drawbench_metrics:
+        return []
+    if request.drawbench_prompts is None:
+        raise UsageError(
+            "DrawBench's prompts are not shipped (no licence): give your copy with --drawbench-prompts FILE."
+        )
+    section = config.evaluation if config is not None else EvaluationSection()
+    terms = {name: RewardTerm(options=dict(request.options.get(name, {}))) for name in request.drawbench_metrics}
+    return [_plan(request, section, request.drawbench_prompts, 0, terms)]
+
+
+def _plan(
+    request: Request, section: EvaluationSection, given: str | Path, limit: int, terms: Mapping[str, RewardTerm]
+) -> Plan:
+    file = find_resource(given)
+    prompts = read_prompts(file)
+    limit = limit if request.limit is None else request.limit
+    if limit < 0:
+        raise UsageError(f"limit must be 0 (all prompts) or more, got {limit}.")
+    chosen = spread_by_tag(prompts, limit) if limit else prompts
+    return Plan(file, chosen, limit, DrawSettings.of(section).changed(**request.settings), terms)
+
+
+class _Work:
+    """One plan, carried out for one source after the other."""
+
+    def __init__(self, plan: Plan, scorers: Sequence[Scorer], world: World, progress: Progress | None) -> None:
+        self.plan, self.scorers, self.world = plan, scorers, world
+        self.progress = progress if world.is_main else None
+
+    def run(self, model: OpenModel, network: Network, given: Path | None, default: Path) -> Evaluated:
+        """Draw and score all pictures of one source, and write its folder."""
+        protocol = drawing_protocol(self.plan, model, network)
+        folder = self._folder(given, default, protocol)
+        pictures = self.plan.pictures()
+        share = self.world.share(len(pictures))
+        mine = [pictures[i] for i in share]
+        # Only now: the two networks of a checkpoint are one module, loaded in turn.
+        weights: nn.Module = model.network() if network == "own" else model.base_network()
+        images = folder / IMAGES
+        kept = draw(
+            model.backbone,
+            weights,
+            mine,
+            self.plan.settings,
+            images,
+            phase=f"drawing {folder.name}",
+            progress=self.progress,
+            list_them=False,
+        )
+        if self.world.is_main:
+            list_pictures(images, pictures)
+        label = BASE if network == "base" else model.label
+        evaluated = self._score(folder, pictures, mine, label, kept)
+        if self.world.is_main:
+            self._write(evaluated, protocol, model, network)
+        self.world.barrier()
+        return evaluated
+
+    def _folder(self, given: Path | None, default: Path, protocol: Mapping[str, Any]) -> Path:
+        """The folder to work in, the same on every process; its protocol is written."""
+        problem: RamctlError | None = None
+        folder = Path()
+        if self.world.is_main:
+            try:
+                folder = _choose_folder(given, default, protocol)
+                write_whole(folder / PROTOCOL, _json(protocol))
+            except RamctlError as error:
+                problem = error
+        told, place = self.world.broadcast((None if problem is None else str(problem), str(folder)))
+        if told is not None:
+            raise problem or RamctlError(told)
+        return Path(place)
+
+    def _score(
+        self, folder: Path, pictures: Sequence[Picture], mine: Sequence[Picture], label: str, kept: int
+    ) -> Evaluated:
+        images = folder / IMAGES
+        rows = [ImageRow(images / picture.name, picture.prompt) for picture in mine]
+        scored = score_images(rows, self.scorers, progress=self.progress)
+        parts = self.world.gather((dict(scored.scores), kept))
+        scores = {name: joined([part[0][name] for part in parts]) for name in scored.scores}
+        everything = [ImageRow(images / picture.name, picture.prompt) for picture in pictures]
+        whole = ScoredImages(everything, scores, scored.versions)
+        useless = whole.without_result()
+        if useless:
+            raise ScorerError(
+                f"No picture in {images} could be scored by {', '.join(useless)}; the first reason: "
+                f"{whole.scores[useless[0]].errors[0]}"
+            )
+        total = combine(scores, self.plan.terms)
+        summary = summarise(total, [row.prompt for row in everything])
+        count = self.plan.settings.images_per_prompt
+        drawn_before = sum(part[1] for part in parts)
+        return Evaluated(label, folder, whole, total, summary, whole.summaries(), count, drawn_before)
+
+    def _write(self, evaluated: Evaluated, protocol: Mapping[str, Any], model: OpenModel, network: Network) -> None:
+        from ramctl.training import versions
+
+        folder = evaluated.folder
+        plan = self.plan
+        scorers = {
+            name: {"version": version, **plan.terms[name].model_dump()}
+            for name, version in evaluated.scored.versions.items()
+        }
+        content = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "source": {
+                "label": evaluated.label,
+                "checkpoint": str(model.checkpoint) if model.checkpoint and network == "own" else None,
+                "model": model.model.model_dump(),
+            },
+            "protocol": {
+                **protocol,
+                "prompt_file": str(plan.file),
+                "prompt_file_sha256": plan.file_hash,
+                "prompt_limit": plan.limit,
+            },
+            "scorers": scorers,
+            "versions": versions(),
+            "processes": self.world.size,
+            "results": results_json(evaluated),
+        }
+        _set_aside(folder, scorers)
+        write_json_lines(folder / LINES, image_rows(evaluated.scored, relative_to=folder))
+        write_whole(folder / SCORES, _json(content))
+
+
+def drawing_protocol(plan: Plan, model: OpenModel, network: Network) -> dict[str, Any]:
+    """All that the pictures depend on; two evaluations with the same one have the same pictures."""
+    hashes = model.hashes
+    if network == "base":
+        hashes = {f"base/{name}": value for name, value in model.base_hashes.items()}
+    own = model.checkpoint is not None and network == "own"
+    return {
+        "weights": model.which if own else "base",
+        "sha256": hashes,
+        "prompts": len(plan.prompts),
+        "prompt_texts_sha256": plan.texts_hash,
+        **asdict(plan.settings),
+        **{key: getattr(model.model, key) for key in ("resolution", "dtype", "use_t5", "max_sequence_length")},
+        "precision": model.precision,
+        "device": model.backbone.device.type,
+    }
+
+
+def _preset(name: str | None) -> Config | None:
+    if name is None:
+        return None
+    from ramctl.settings import load_settings
+
+    return load_settings(name).config
+
+
+def _find_other(request: Request, found: Source, preset: Config | None) -> Source | None:
+    """What to open besides the source: nothing for its own base model, which is open already."""
+    if request.compare is not None and request.compare != BASE:
+        return find_source(request.compare, preset=preset)
+    if request.compare == BASE and found.checkpoint is None:
+        raise UsageError(f"{found.label} is a base model itself; compare it with another source.")
+    return None
+
+
+def _share_cores(world: World) -> None:
+    import torch
+
+    if world.size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world.size))
+
+
+def _default_folder(model: OpenModel, network: Network) -> Path:
+    if model.checkpoint is None:
+        return Path("outputs") / "evaluations" / model.label
+    suffix = "" if model.which == "evaluation" else f"-{model.which}"
+    name = BASE if network == "base" else model.checkpoint.name + suffix
+    return model.checkpoint.parent / "evaluations" / name
+
+
+def _choose_folder(given: Path | None, default: Path, protocol: Mapping[str, Any]) -> Path:
+    """The given folder when it is new, empty or of this protocol; else the default, numbered until it is.
+
+    Raises:
+        DataError: the given folder holds something else (what differs is named).
+    """
+    if given is not None:
+        if given.exists() and not given.is_dir():
+            raise DataError(f"Output folder {given} is a file; choose another with --output.")
+        problem = _other_content(given, protocol)
+        if problem is not None:
+            raise DataError(f"Output folder {given} {problem}; choose another with --output.")
+        return given
+    candidate, count = default, 1
+    while _other_content(candidate, protocol) is not None:
+        count += 1
+        candidate = default.with_name(f"{default.name}-{count}")
+    return candidate
+
+
+def _other_content(folder: Path, protocol: Mapping[str, Any]) -> str | None:
+    """Why this protocol's pictures cannot go into the folder, or None."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        old = json.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
+        differing = [key for key in dict.fromkeys((*old, *protocol)) if old.get(key) != protocol.get(key)]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"is not empty and is no evaluation (no readable {PROTOCOL})"
+    if not differing:
+        return None
+    shown = "; ".join(
+        f"{key}: {old.get(key)} → {protocol.get(key)}" if not isinstance(old.get(key), dict) else key
+        for key in differing[:3]
+    )
+    return f"holds an evaluation with other settings ({shown})"
+
+
+def _set_aside(folder: Path, scorers: Mapping[str, Any]) -> None:
+    """Keep the results of other scorers on the same pictures under a numbered name."""
+    try:
+        old = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scorers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if old == json.loads(_json(scorers)):
+        return
+    count = 2
+    while (folder / f"scores-{count}.json").exists():
+        count += 1
+    for name in (LINES, SCORES):
+        file = folder / name
+        if file.exists():
+            file.rename(file.with_stem(f"{file.stem}-{count}"))
+
+
+def _write_comparison(file: Path, compared: Compared | None) -> None:
+    if compared is None:
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["comparison"] = {
+        "other": compared.other.label,
+        "folder": str(compared.other.folder),
+        "results": results_json(compared.other),
+        "differences": {
+            name: {"mean": number(mean), "low": number(low), "high": number(high)}
+            for name, (mean, low, high) in compared.differences.items()
+        },
+    }
+    write_whole(file, _json(content))
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

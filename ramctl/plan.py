@@ -1,0 +1,475 @@
+"""What a run would do, before it does it: sizes, forwards, memory, weights, disk. Behind ``ramctl train --dry-run``.
+
+Nothing is trained, drawn or downloaded, and no weight is read. Memory is an estimate by this formula, per process::
+
+    resident = live + frozen network + base values of the changed weights + text encoders + autoencoder
+             + trained weights * (1 policy + 1 gradient + 2 AdamW moments + 2 lagged sets), float32
+             + text embeddings and endpoints of the step + the libraries
+    sample   = resident + one guided pass at the sampling micro-batch
+    decode   = resident + one decoding at the sampling micro-batch
+    sweep    = resident + one pass at the sweep micro-batch + stored velocities (one set more while they are joined)
+    train    = resident + one forward and backward pass at the training micro-batch + stored velocities
+    update   = resident + AdamW's temporaries (as much as the trained weights) + stored velocities
+
+Bytes of a pass are counted by running it without data (:mod:`ramctl.plan_memory`). Not in the estimate: the scorers'
+own models, the text encoders' passes, and what an allocator loses to fragmentation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ramctl.config import Config
+from ramctl.errors import DataError, RamctlError
+from ramctl.resources import find_resource
+
+if TYPE_CHECKING:
+    import torch
+
+    from ramctl.plan_memory import Skeleton
+    from ramctl.prompts import Prompt
+
+Status = Literal["found", "download", "missing"]
+
+#: What Python and the libraries take of a device: on the CPU measured after a step, on CUDA about what a context takes.
+_LIBRARIES = {"cpu": 800_000_000, "cuda": 600_000_000}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts of one step over all processes, and the largest process' share."""
+
+    processes: int
+    prompts: int
+    images: int
+    items: int
+    images_per_process: int
+    items_per_process: int
+    updates: int
+    #: pictures of one held-out evaluation; None without a readable prompt file.
+    evaluation_images: int | None
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Network forwards of single items in one step, over all processes; ``training`` are followed by a backward."""
+
+    sampling: int
+    sweeps: int
+    training: int
+
+    @property
+    def total(self) -> int:
+        """All forwards."""
+        return self.sampling + self.sweeps + self.training
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Items at once per process, and how many passes that makes per step (both None while the model is unknown)."""
+
+    sampling: int | None
+    sweep: int | None
+    training: int | None
+    sampling_batches: int | None
+    sweep_batches: int | None
+    training_batches: int | None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights."""
+
+    transformer: int
+    trainable: int
+    text_encoders: int
+    vae: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes per process: what is always there by part, and the peak of each phase.
+
+    ``available`` are free bytes of the device (one GPU; on the CPU those of the machine), None where unknown.
+    ``sharers`` processes take their part of them.
+    """
+
+    resident: Mapping[str, int]
+    phases: Mapping[str, int]
+    available: int | None
+    sharers: int
+
+    @property
+    def peak(self) -> int:
+        """The largest phase."""
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate stays below what is free (true where that is unknown)."""
+        return self.available is None or self.peak * self.sharers <= self.available
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Where a model or a prompt file would come from; ``detail`` is the place, or what is missing and the remedy."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class ScorerStatus:
+    """Whether a scorer of the reward can work: ``detail`` says what is missing and how to get it."""
+
+    name: str
+    ready: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of one checkpoint, of the most that lie on disk at once, and free bytes where runs are written."""
+
+    checkpoint: int
+    most: int
+    free: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. ``parameters``, ``memory`` and ``disk`` are None while the model's configuration is not at hand."""
+
+    name: str
+    device: str
+    steps: int
+    sizes: Sizes
+    forwards: Forwards
+    micro_batches: MicroBatches
+    parameters: Parameters | None
+    memory: Memory | None
+    disk: Disk | None
+    sources: tuple[FileSource, ...]
+    scorers: tuple[ScorerStatus, ...]
+
+    @property
+    def problems(self) -> list[str]:
+        """What would stop the run, one line each; empty when it can start."""
+        found = [f"{source.name}: {source.detail}" for source in self.sources if source.status == "missing"]
+        found += [f"scorer {scorer.name}: {scorer.detail}" for scorer in self.scorers if not scorer.ready]
+        if self.memory is not None and not self.memory.fits:
+            found.append("memory: the estimate is above what is free; lower the micro-batches or free memory")
+        if self.disk is not None and self.disk.most > self.disk.free:
+            found.append(f"disk: the checkpoints need more than is free in {self.disk.folder}")
+        return found
+
+
+def make_plan(config: Config, processes: int, device: str) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: the resolved configuration.
+        processes: how many processes share each step.
+        device: "cpu", "cuda", or "auto" (CUDA where there is one).
+
+    Raises:
+        ConfigError: the configuration does not fit the model (resolution, LoRA targets).
+        UsageError: a scorer of the reward, or one of its options, does not exist.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    folder, model_source = _model_source(config)
+    skeleton = None
+    if folder is not None:
+        skeleton, model_source = _skeleton(folder, config, model_source)
+    prompt_sources, prompts, evaluation_prompts = _prompt_files(config)
+    sizes = _sizes(config, processes, evaluation_prompts)
+    batches = _micro_batches(config, sizes, skeleton, place)
+    memory = parameters = disk = None
+    if skeleton is not None:
+        parameters = _parameters(skeleton)
+        memory = _memory(config, skeleton, sizes, batches, place)
+        disk = _disk(config, parameters)
+    return Plan(
+        name=config.name,
+        device=device,
+        steps=config.train.steps,
+        sizes=sizes,
+        forwards=_forwards(config),
+        micro_batches=batches,
+        parameters=parameters,
+        memory=memory,
+        disk=disk,
+        sources=(model_source, *prompt_sources),
+        scorers=_scorers(config, prompts),
+    )
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(config: Config, processes: int, evaluation_prompts: int | None) -> Sizes:
+    images = math.ceil(config.images_per_step / processes)
+    return Sizes(
+        processes=processes,
+        prompts=config.rollout.prompts_per_step,
+        images=config.images_per_step,
+        items=config.items_per_step,
+        images_per_process=images,
+        items_per_process=images * config.ram.noisings_per_image,
+        updates=config.ram.updates_per_step,
+        evaluation_images=None
+        if evaluation_prompts is None
+        else evaluation_prompts * config.evaluation.images_per_prompt,
+    )
+
+
+def _forwards(config: Config) -> Forwards:
+    guided = 2 if config.rollout.guidance_scale != 1.0 else 1
+    # With the path cost both networks also look at each item's intermediate point.
+    sweeps = 4 if config.ram.path_cost else 2
+    return Forwards(
+        sampling=config.images_per_step * config.rollout.sampling_steps * guided,
+        sweeps=config.items_per_step * sweeps,
+        training=config.items_per_step,
+    )
+
+
+def _micro_batches(config: Config, sizes: Sizes, skeleton: Skeleton | None, device: torch.device) -> MicroBatches:
+    from ramctl.engine.rollout import auto_micro_batch
+
+    def size(given: int, most: int, *, training: bool) -> int | None:
+        if not given:
+            if skeleton is None:
+                return None
+            given = auto_micro_batch(skeleton.backbone.latent_shape, device, training=training)
+        return min(given, most)
+
+    def batches(total: int, batch: int | None) -> int | None:
+        return None if batch is None else math.ceil(total / batch)
+
+    count, updates, images = config.ram.noisings_per_image, config.ram.updates_per_step, sizes.images_per_process
+    shares = [images * ((u + 1) * count // updates - u * count // updates) for u in range(updates)]
+    sampling = size(config.rollout.micro_batch, images, training=False)
+    sweep = size(config.train.sweep_micro_batch, sizes.items_per_process, training=False)
+    training = size(config.train.micro_batch, max(shares), training=True)
+    return MicroBatches(
+        sampling=sampling,
+        sweep=sweep,
+        training=training,
+        sampling_batches=batches(images, sampling),
+        sweep_batches=batches(sizes.items_per_process, sweep),
+        training_batches=None if training is None else sum(math.ceil(share / training) for share in shares),
+    )
+
+
+def _parameters(skeleton: Skeleton) -> Parameters:
+    def count(modules: tuple[torch.nn.Module, ...]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    return Parameters(
+        transformer=count((skeleton.policy.frozen,)),
+        trainable=sum(p.numel() for p in skeleton.policy.parameters.values()),
+        text_encoders=count(skeleton.encoders),
+        vae=count((skeleton.vae,)),
+    )
+
+
+# -- memory and disk --------------------------------------------------------------------------------------------------
+
+
+def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatches, device: torch.device) -> Memory:
+    from ramctl.plan_memory import trace_passes
+
+    resident = _resident(config, skeleton, sizes, device.type)
+    assert batches.sampling and batches.sweep and batches.training
+    passes = trace_passes(
+        skeleton,
+        config,
+        device,
+        {"sampling": batches.sampling, "sweep": batches.sweep, "training": batches.training},
+    )
+    one_set = sizes.items_per_process * math.prod(skeleton.backbone.latent_shape) * _FLOAT32
+    stored = (4 if config.ram.path_cost else 2) * one_set
+    base = sum(resident.values())
+    phases = {
+        "sample": base + passes.sampling,
+        "decode": base + passes.decoding,
+        "sweep": base + passes.sweep + stored + one_set,
+        "train": base + passes.training + stored,
+        "update": base + resident["policy weights"] + stored,
+    }
+    sharers = sizes.processes if device.type == "cpu" else 1
+    return Memory(resident, phases, _free_memory(device), sharers)
+
+
+def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: str) -> dict[str, int]:
+    """Bytes that stay through a whole step, by part."""
+    from ramctl.plan_memory import DTYPES, tensor_bytes
+
+    policy, text = skeleton.policy, skeleton.text
+    trained = tensor_bytes(policy.parameters.values())
+    # A process' pictures are consecutive, so they can begin and end in the middle of a prompt's group.
+    prompts = min(sizes.prompts, math.ceil(sizes.images_per_process / config.rollout.images_per_prompt) + 1)
+    embedding = (text.tokens * text.width + text.pooled) * DTYPES[config.model.dtype].itemsize
+    endpoint = math.prod(skeleton.backbone.latent_shape) * _FLOAT32
+    return {
+        "live network": tensor_bytes(p for p in policy.live.parameters() if not p.requires_grad),
+        "frozen network": tensor_bytes(policy.frozen.parameters()),
+        "base values": tensor_bytes(policy._base.values()),
+        "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders),
+        "autoencoder": tensor_bytes(skeleton.vae.parameters()),
+        "policy weights": trained,
+        "gradients": trained,
+        "AdamW moments": 2 * trained,
+        "old and evaluation weights": 2 * trained,
+        "text embeddings": prompts * embedding,
+        "endpoints": sizes.images_per_process * endpoint,
+        "libraries": _LIBRARIES[device],
+    }
+
+
+def _free_memory(device: torch.device) -> int | None:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+    from ramctl.doctor import memory_bytes
+
+    return memory_bytes()[1]
+
+
+def _disk(config: Config, parameters: Parameters) -> Disk:
+    # Three weight sets and AdamW's two moments. On disk at once: those kept, the best one, and one being written.
+    checkpoint = 5 * parameters.trainable * _FLOAT32
+    folder = Path("outputs", config.name).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    most = (config.checkpoint.keep + 2) * checkpoint
+    return Disk(checkpoint, most, shutil.disk_usage(existing).free, folder)
+
+
+# -- files and scorers ------------------------------------------------------------------------------------------------
+
+
+def _model_source(config: Config) -> tuple[Path | None, FileSource]:
+    """The model's folder where its configurations are at hand, and where its weights would come from."""
+    path, name = config.model.path, f"model {config.model.path}"
+    folder = find_resource(path)
+    if (folder / "model_index.json").is_file():
+        absent = _absent_weights(folder, config)
+        if absent:
+            return folder, FileSource(name, "missing", f"{absent} holds no weights; {_remedy(path)}")
+        return folder, FileSource(name, "found", str(folder))
+    if folder.exists():
+        return None, FileSource(name, "missing", f"{folder} is no diffusers folder (it has no model_index.json)")
+    if path.startswith(("models/", "prompts/", "presets/")) or not _HUB_ID.fullmatch(path):
+        return None, FileSource(name, "missing", f"{folder} does not exist; {_remedy(path)}")
+    return _hub_source(config, name)
+
+
+def _hub_source(config: Config, name: str) -> tuple[Path | None, FileSource]:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    path = config.model.path
+    index = try_to_load_from_cache(path, "model_index.json", revision=config.model.revision)
+    folder = Path(index).parent if isinstance(index, str) else None
+    if folder is not None and not _absent_weights(folder, config):
+        return folder, FileSource(name, "found", str(folder))
+    if constants.HF_HUB_OFFLINE:
+        detail = f"not in the cache, and HF_HUB_OFFLINE is set; with a network run: hf download {path}"
+        return folder, FileSource(name, "missing", detail)
+    detail = f"from the Hugging Face hub when the run starts, or now with: hf download {path}"
+    return folder, FileSource(name, "download", detail)
+
+
+def _remedy(path: str) -> str:
+    if path.startswith("models/"):
+        return "pip install --force-reinstall ramctl; in a checkout: git lfs pull"
+    return "give a diffusers folder or a hub id: --model.path PATH"
+
+
+def _absent_weights(folder: Path, config: Config) -> Path | None:
+    """The first part of the model that has no weight file, or None."""
+    parts = ["transformer", "vae", "text_encoder", "text_encoder_2"]
+    parts += ["text_encoder_3"] if config.model.use_t5 else []
+    for part in parts:
+        if not any(file for pattern in _WEIGHTS for file in (folder / part).glob(pattern)):
+            return folder / part
+    return None
+
+
+def _skeleton(folder: Path, config: Config, source: FileSource) -> tuple[Skeleton | None, FileSource]:
+    """The networks without data, and the source again: a folder whose configurations cannot be read is no model."""
+    from ramctl.plan_memory import build_skeleton
+
+    try:
+        return build_skeleton(folder, config, _tokens(folder)), source
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if source.status == "download":  # an incomplete cache
+            return None, source
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return None, FileSource(source.name, "missing", f"{folder} is not a Stable Diffusion 3 model ({reason})")
+
+
+def _tokens(folder: Path) -> int | None:
+    """Tokens per prompt of the CLIP tokenizer, where it says so."""
+    try:
+        settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return int(settings["model_max_length"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _prompt_files(config: Config) -> tuple[list[FileSource], list[Prompt], int | None]:
+    """Both prompt files, the training prompts, and how many held-out prompts an evaluation uses."""
+    source, prompts = _prompt_file("training prompts", config.prompts.train)
+    if config.prompts.evaluation is None:
+        return [source], prompts, None
+    held_out_source, held_out = _prompt_file("held-out prompts", config.prompts.evaluation)
+    if held_out_source.status == "missing":
+        return [source, held_out_source], prompts, None
+    wanted = config.evaluation.prompts
+    return [source, held_out_source], prompts, min(wanted, len(held_out)) if wanted else len(held_out)
+
+
+def _prompt_file(name: str, path: str) -> tuple[FileSource, list[Prompt]]:
+    from ramctl.prompts import read_prompts
+
+    file = find_resource(path)
+    try:
+        prompts = read_prompts(file)
+    except DataError as error:
+        return FileSource(name, "missing", str(error)), []
+    return FileSource(name, "found", f"{file} ({len(prompts)} prompts)"), prompts
+
+
+def _scorers(config: Config, prompts: list[Prompt]) -> tuple[ScorerStatus, ...]:
+    """Each scorer of the reward, loaded and shown the training prompts."""
+    from ramctl.scorers.registry import create
+
+    statuses = []
+    for name, term in config.reward.scorers.items():
+        scorer = create(name, dict(term.options))
+        try:
+            scorer.ensure_loaded()
+            scorer.check_prompts(prompts)
+        except (RamctlError, ImportError) as error:
+            statuses.append(ScorerStatus(name, False, str(error)))
+        else:
+            statuses.append(ScorerStatus(name, True, "ready"))
+    return tuple(statuses)

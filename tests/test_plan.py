@@ -1,0 +1,443 @@
+"""The plan of a run, held against what the networks, a real step and a real checkpoint turn out to be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from torch import nn
+
+from ramctl.backbones.base import TextEmbeddings
+from ramctl.backbones.sd3 import StableDiffusion3
+from ramctl.cli._plan import render_plan, show_plan
+from ramctl.config import Config
+from ramctl.engine.checkpoint import CheckpointStore
+from ramctl.engine.distributed import World
+from ramctl.engine.policy import Policy
+from ramctl.engine.trainer import Trainer
+from ramctl.errors import ConfigError, MissingDependencyError, UsageError
+from ramctl.plan import Memory, Plan, make_plan
+from ramctl.plan_memory import build_skeleton, tensor_bytes, trace_passes
+from ramctl.prompts import Prompt, read_prompts
+from ramctl.resources import resource_dir
+from ramctl.scorers.composite import Reward, Term
+from ramctl.scorers.jpeg import JpegCompressibility
+from ramctl.scorers.ocr import OcrScorer
+from ramctl.settings import Settings
+
+MakeConfig = Callable[..., Config]
+
+#: Counting needs no networks.
+NO_MODEL = {"model__path": "models/no-such"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> MakeConfig:
+    """A small run on the embedded model; keyword arguments ``section__key`` change it."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"a photo of a {w}"}) + "\n" for w in ("star", "ring", "cross")))
+
+    def make(**changes: Any) -> Config:
+        table: dict[str, Any] = {
+            "name": "plan-test",
+            "model": {"path": "models/tinyworld", "resolution": 64, "dtype": "float32", "use_t5": False},
+            "lora": {"rank": 4, "alpha": 8.0},
+            "prompts": {"train": str(prompts), "evaluation": str(prompts)},
+            "reward": {"scorers": {"jpeg-compressibility": {}}},
+            "rollout": {"prompts_per_step": 2, "images_per_prompt": 3, "sampling_steps": 2, "guidance_scale": 1.5},
+            "ram": {"noisings_per_image": 3},
+            "train": {"steps": 2},
+            "evaluation": {"images_per_prompt": 2},
+            "tracking": {"kind": "none"},
+            "runtime": {"device": "cpu", "precision": "float32"},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            table.setdefault(section, {})[name] = value
+        return Config.model_validate(table)
+
+    return make
+
+
+def load(config: Config) -> tuple[StableDiffusion3, Policy]:
+    autocast = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
+    backbone = StableDiffusion3.load(config.model, torch.device("cpu"), autocast)
+    return backbone, Policy(backbone, config.lora, seed=0)
+
+
+def planned_memory(config: Config, processes: int = 1) -> Memory:
+    memory = make_plan(config, processes, "cpu").memory
+    assert memory is not None
+    return memory
+
+
+def beyond_resident(memory: Memory, phase: str) -> int:
+    return memory.phases[phase] - sum(memory.resident.values())
+
+
+# -- against what really happens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [32, 0])
+def test_a_training_pass_keeps_as_many_bytes_as_autograd_saves(config: MakeConfig, precision: str, rank: int) -> None:
+    count = 16
+    settings = config(runtime__precision=precision, lora__rank=rank, lora__alpha=64.0)
+    backbone, policy = load(settings)
+    own = {parameter.untyped_storage().data_ptr() for parameter in policy.live.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    text = backbone.encode(["a photo of a red star"])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        latents = torch.randn(count, *backbone.latent_shape)
+        velocity = backbone.velocity(policy.live, latents, torch.rand(count), text.select(torch.zeros(count).long()))
+    measured = sum(saved.values())
+    assert velocity.requires_grad
+
+    skeleton = build_skeleton(resource_dir("models") / "tinyworld", settings, text.tokens.shape[1])
+    batches = {"sampling": 1, "sweep": 1, "training": count}
+    planned = trace_passes(skeleton, settings, torch.device("cpu"), batches).training
+    assert planned == pytest.approx(measured, rel=0.25)
+
+
+def test_forwards_and_batches_are_those_of_a_real_step(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(rollout__micro_batch=4, train__sweep_micro_batch=5, train__micro_batch=4, ram__updates_per_step=2)
+    plan = make_plan(settings, 1, "cpu")
+    backbone, policy = load(settings)
+    items: Counter[str] = Counter()
+    passes: Counter[str] = Counter()
+    phase = "sampling"
+    velocity, regress, sweep = StableDiffusion3.velocity, Trainer._regress, Trainer._sweep
+
+    def count(self: Any, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        items[phase] += len(x_t)
+        passes[phase] += 1
+        return velocity(self, network, x_t, t, text)
+
+    def enter(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal phase
+            phase = name
+            return method(*arguments)
+
+        return run
+
+    monkeypatch.setattr(StableDiffusion3, "velocity", count)
+    monkeypatch.setattr(Trainer, "_sweep", enter("sweep", sweep))
+    monkeypatch.setattr(Trainer, "_regress", enter("training", regress))
+    prompts = read_prompts(settings.prompts.train)
+    Trainer(settings, backbone, policy, prompts, Reward([Term(JpegCompressibility())])).step()
+
+    forwards, batches = plan.forwards, plan.micro_batches
+    assert items == {"sampling": forwards.sampling, "sweep": forwards.sweeps, "training": forwards.training}
+    assert batches.sampling_batches is not None and batches.sweep_batches is not None
+    assert passes["sampling"] == batches.sampling_batches * settings.rollout.sampling_steps
+    assert passes["sweep"] == batches.sweep_batches * 2
+    assert passes["training"] == batches.training_batches
+
+
+def test_a_checkpoint_takes_the_planned_disk(config: MakeConfig, tmp_path: Path) -> None:
+    settings = config(ram__noisings_per_image=1, lora__rank=16, checkpoint__keep=4)
+    backbone, policy = load(settings)
+    trainer = Trainer(
+        settings, backbone, policy, [Prompt("a star"), Prompt("a ring")], Reward([Term(JpegCompressibility())])
+    )
+    trainer.step()
+    folder = CheckpointStore(tmp_path / "run").save(trainer, "", {})
+    disk = make_plan(settings, 1, "cpu").disk
+    assert disk is not None
+    assert disk.checkpoint == pytest.approx(sum(file.stat().st_size for file in folder.iterdir()), rel=0.05)
+    assert disk.most == 6 * disk.checkpoint  # four kept, the best one, one being written
+    assert disk.free == pytest.approx(shutil.disk_usage(Path.cwd()).free, rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_parameters_and_resident_bytes_are_those_of_the_loaded_networks(config: MakeConfig, rank: int) -> None:
+    settings = config(lora__rank=rank)
+    backbone, policy = load(settings)
+    plan = make_plan(settings, 1, "cpu")
+    assert plan.parameters is not None and plan.memory is not None
+    assert plan.parameters.transformer == sum(p.numel() for p in policy.frozen.parameters())
+    assert plan.parameters.trainable == sum(p.numel() for p in policy.parameters.values())
+    assert plan.parameters.vae == sum(p.numel() for p in backbone._pipeline.vae.parameters())
+    resident = plan.memory.resident
+    assert resident["live network"] + resident["policy weights"] == tensor_bytes(policy.live.parameters())
+    assert resident["frozen network"] == tensor_bytes(policy.frozen.parameters())
+    assert resident["base values"] == tensor_bytes(policy._base.values())
+    lagged = [tensor for tensors in policy.sets.values() for tensor in tensors.values()]
+    assert resident["old and evaluation weights"] == tensor_bytes(lagged)
+    text = backbone.encode(["a", "b"])
+    assert resident["text embeddings"] == tensor_bytes([text.tokens, text.pooled])
+
+
+@pytest.mark.slow
+def test_the_estimate_meets_a_measurement_of_stable_diffusion_3_5_medium(config: MakeConfig, tmp_path: Path) -> None:
+    """38.6 GiB at most on one H200: that architecture in bf16, 512 pixels, 333 text tokens, LoRA rank 32, batch 16,
+    eager, one network and no text encoders or autoencoder beside it."""
+    folder = tmp_path / "medium"
+    shutil.copytree(resource_dir("models") / "tinyworld", folder)
+    transformer = {
+        "_class_name": "SD3Transformer2DModel",
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "dual_attention_layers": list(range(13)),
+        "in_channels": 16,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 24,
+        "out_channels": 16,
+        "patch_size": 2,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "sample_size": 128,
+    }
+    (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
+    settings = config(
+        model__path=str(folder),
+        model__resolution=512,
+        model__dtype="bfloat16",
+        model__use_t5=True,
+        lora__rank=32,
+        runtime__precision="bfloat16",
+    )
+    skeleton = build_skeleton(folder, settings, 77)
+    assert skeleton.text.tokens == 333
+    batches = {"sampling": 1, "sweep": 1, "training": 16}
+    passes = trace_passes(skeleton, settings, torch.device("cpu"), batches)
+    network = tensor_bytes(skeleton.policy.live.parameters())
+    assert sum(p.numel() for p in skeleton.policy.frozen.parameters()) == pytest.approx(2.24e9, rel=0.01)
+    assert (network + passes.training) / 2**30 == pytest.approx(38.6, rel=0.15)
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 5, 7])
+def test_shares_are_the_largest_process_own(config: MakeConfig, processes: int) -> None:
+    batches = {"rollout__micro_batch": 1, "train__sweep_micro_batch": 1, "train__micro_batch": 1}
+    settings = config(**NO_MODEL, **batches)
+    plan = make_plan(settings, processes, "cpu")
+    largest = max(len(World(rank, processes).share(settings.images_per_step)) for rank in range(processes))
+    assert (plan.sizes.images, plan.sizes.items) == (6, 18)
+    assert plan.sizes.images_per_process == largest
+    assert plan.sizes.items_per_process == 3 * largest
+    assert plan.micro_batches.sampling_batches == largest
+    assert plan.micro_batches.training_batches == 3 * largest
+    assert plan.sizes.evaluation_images == 6
+
+
+def test_guidance_and_path_cost_change_the_forwards(config: MakeConfig) -> None:
+    plain = make_plan(config(**NO_MODEL), 1, "cpu").forwards
+    assert (plain.sampling, plain.sweeps, plain.training, plain.total) == (24, 36, 18, 78)
+    assert make_plan(config(**NO_MODEL, rollout__guidance_scale=1.0), 1, "cpu").forwards.sampling == 12
+    assert make_plan(config(**NO_MODEL, ram__path_cost=True), 1, "cpu").forwards.sweeps == 72
+
+
+def test_a_gpu_is_one_process_own_and_a_machines_memory_is_shared(config: MakeConfig) -> None:
+    assert planned_memory(config(), processes=3).sharers == 3
+    plan = make_plan(config(), 3, "cuda")  # planned for a GPU machine, on this one
+    assert plan.memory is not None and plan.memory.sharers == 1
+
+
+def test_stored_velocities_are_two_sets_and_four_with_the_path_cost(config: MakeConfig) -> None:
+    one_set = 18 * 16 * 8 * 8 * 4
+    plain, costly = planned_memory(config()), planned_memory(config(ram__path_cost=True))
+    for phase in ("sweep", "train", "update"):
+        assert costly.phases[phase] - plain.phases[phase] == 2 * one_set
+    assert costly.phases["sample"] == plain.phases["sample"]
+    assert beyond_resident(plain, "update") == 2 * one_set + plain.resident["policy weights"]
+
+
+@pytest.mark.slow
+def test_memory_of_a_pass_grows_with_its_own_micro_batch_only(config: MakeConfig) -> None:
+    sizes: dict[str, Any] = {"rollout__micro_batch": 3, "train__sweep_micro_batch": 9, "train__micro_batch": 9}
+    before = planned_memory(config(**sizes))
+    after = planned_memory(config(**{**sizes, "train__micro_batch": 18}))
+    stored = 2 * 18 * 16 * 8 * 8 * 4
+    grown = (beyond_resident(after, "train") - stored) / (beyond_resident(before, "train") - stored)
+    assert grown == pytest.approx(2, rel=0.1)
+    assert {p for p in before.phases if before.phases[p] != after.phases[p]} == {"train"}
+    wider = planned_memory(config(**{**sizes, "rollout__micro_batch": 6}))
+    assert {p for p in before.phases if before.phases[p] != wider.phases[p]} == {"sample", "decode"}
+    # Guidance is a pass of twice the batch.
+    unguided = planned_memory(config(**{**sizes, "rollout__micro_batch": 6}, rollout__guidance_scale=1.0))
+    assert unguided.phases["sample"] == before.phases["sample"]
+
+
+def test_gradient_checkpointing_keeps_less(config: MakeConfig) -> None:
+    full = beyond_resident(planned_memory(config(ram__noisings_per_image=8)), "train")
+    less = beyond_resident(
+        planned_memory(config(ram__noisings_per_image=8, train__gradient_checkpointing=True)), "train"
+    )
+    assert less < 0.6 * full
+
+
+def test_memory_fits_where_all_processes_together_do() -> None:
+    memory = Memory(resident={"libraries": 3}, phases={"sample": 4, "train": 5}, available=10, sharers=2)
+    assert memory.peak == 5 and memory.fits
+    assert not replace(memory, sharers=3).fits
+    assert replace(memory, sharers=3, available=None).fits
+
+
+# -- what is there and what is missing --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path) -> Path:
+    """The embedded model's JSON files, with empty files in the place of its weights."""
+    source, folder = resource_dir("models") / "tinyworld", tmp_path / "copy"
+    for file in source.rglob("*"):
+        if file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
+    return folder
+
+
+def model_source(plan: Plan) -> tuple[str, str]:
+    return plan.sources[0].status, plan.sources[0].detail
+
+
+def test_no_weight_is_read(config: MakeConfig, model_copy: Path) -> None:
+    plan = make_plan(config(model__path=str(model_copy)), 1, "cpu")
+    assert model_source(plan) == ("found", str(model_copy))
+    assert plan.parameters == make_plan(config(), 1, "cpu").parameters
+    assert plan.problems == []
+
+
+def test_a_model_without_one_of_its_weight_files_is_missing_but_known(config: MakeConfig, model_copy: Path) -> None:
+    next((model_copy / "vae").glob("*.safetensors")).unlink()
+    plan = make_plan(config(model__path=str(model_copy)), 1, "cpu")
+    status, detail = model_source(plan)
+    assert status == "missing" and str(model_copy / "vae") in detail
+    assert plan.parameters is not None and plan.memory is not None
+    assert len(plan.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"), [("models/no-such", "pip install --force-reinstall ramctl"), ("/no/such", "--model.path PATH")]
+)
+def test_a_missing_model_is_said_not_raised(config: MakeConfig, path: str, remedy: str) -> None:
+    plan = make_plan(config(model__path=path, train__micro_batch=4), 2, "cpu")
+    status, detail = model_source(plan)
+    assert status == "missing" and path in detail and remedy in detail
+    assert (plan.parameters, plan.memory, plan.disk) == (None, None, None)
+    assert plan.forwards.training == 18
+    assert (plan.micro_batches.training, plan.micro_batches.sampling) == (4, None)
+    assert plan.problems == [f"model {path}: {detail}"]
+
+
+def test_a_folder_that_is_no_such_model_is_missing(config: MakeConfig, model_copy: Path, tmp_path: Path) -> None:
+    (model_copy / "transformer" / "config.json").write_text("{")
+    status, detail = model_source(make_plan(config(model__path=str(model_copy)), 1, "cpu"))
+    assert status == "missing" and "not a Stable Diffusion 3 model" in detail
+    status, detail = model_source(make_plan(config(model__path=str(tmp_path)), 1, "cpu"))
+    assert status == "missing" and "model_index.json" in detail
+
+
+def test_a_hub_id_would_be_downloaded_unless_the_hub_is_off(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(model__path="no-such-owner/no-such-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    plan = make_plan(settings, 1, "cpu")
+    assert model_source(plan)[0] == "download" and plan.problems == []
+    assert "hf download no-such-owner/no-such-model" in model_source(plan)[1]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    status, detail = model_source(make_plan(settings, 1, "cpu"))
+    assert status == "missing" and "HF_HUB_OFFLINE" in detail
+
+
+def test_what_does_not_fit_the_model_is_an_error(config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"model\.resolution 60"):
+        make_plan(config(model__resolution=60), 1, "cpu")
+    with pytest.raises(ConfigError, match=r"attn\.to_z"):
+        make_plan(config(lora__target_modules=["attn.to_z"]), 1, "cpu")
+    with pytest.raises(UsageError, match="no scorer 'jpg'"):
+        make_plan(config(reward__scorers={"jpg": {}}), 1, "cpu")
+
+
+def test_a_scorer_that_cannot_load_or_read_the_prompts_is_a_problem(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(self: OcrScorer) -> None:
+        raise MissingDependencyError("The scorer 'ocr' needs the package rapidocr: pip install rapidocr")
+
+    monkeypatch.setattr(OcrScorer, "load", absent)
+    plan = make_plan(
+        config(**NO_MODEL, reward__scorers={"ocr": {}, "geneval": {}, "jpeg-compressibility": {}}), 1, "cpu"
+    )
+    ocr, geneval, jpeg = plan.scorers
+    assert not ocr.ready and "pip install rapidocr" in ocr.detail
+    assert not geneval.ready and "'include'" in geneval.detail
+    assert jpeg.ready
+    assert [problem.partition(":")[0] for problem in plan.problems[1:]] == ["scorer ocr", "scorer geneval"]
+
+
+def test_a_missing_prompt_file_is_a_problem(config: MakeConfig) -> None:
+    plan = make_plan(config(**NO_MODEL, prompts__evaluation="nowhere.jsonl"), 1, "cpu")
+    assert plan.sizes.evaluation_images is None
+    assert any("nowhere.jsonl does not exist" in problem for problem in plan.problems)
+
+
+# -- how it is shown --------------------------------------------------------------------------------------------------
+
+
+def results(text: str) -> dict[str, str]:
+    lines = text.splitlines()
+    assert all(line.startswith("RESULT plan.") for line in lines)
+    return dict(line.removeprefix("RESULT plan.").split("=", 1) for line in lines)
+
+
+def test_a_plan_prints_results_for_scripts_and_tables_for_people(
+    config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(config(), 2, "cpu")
+    render_plan(plan)
+    captured = capsys.readouterr()
+    found = results(captured.out)
+    assert plan.parameters is not None and plan.memory is not None and plan.disk is not None
+    assert found["images_per_step"] == "6" and found["images_per_process"] == "3"
+    assert found["parameters.trained"] == str(plan.parameters.trainable)
+    assert found["memory.train"] == str(plan.memory.phases["train"])
+    assert found["disk.checkpoint"] == str(plan.disk.checkpoint)
+    assert (found["model"], found["scorer.jpeg-compressibility"], found["problems"]) == ("found", "ready", "0")
+    for words in ("Memory per process", "transformer parameters", "training prompts", "passes per process"):
+        assert words in captured.err
+
+
+def test_showing_a_plan_shows_the_resolved_settings_first(
+    tiny_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_plan(tiny_settings, processes=2)
+    captured = capsys.readouterr()
+    found = results(captured.out)
+    assert (found["processes"], found["images_per_step"], found["device"]) == ("2", "4", "cpu")
+    assert 0 < captured.err.index("sampling_steps = 2") < captured.err.index("One step of tiny-test")
+
+
+def test_a_plan_without_its_model_is_shown_with_the_problem(
+    config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    render_plan(make_plan(config(model__path="models/no-such"), 1, "cpu"))
+    captured = capsys.readouterr()
+    found = results(captured.out)
+    assert (found["model"], found["problems"], found["micro_batch.train"]) == ("missing", "1", "none")
+    assert "memory.train" not in found
+    assert "unknown until the model is there" in captured.err
+    assert "models/no-such does not exist" in captured.err
