@@ -267,19 +267,19 @@ class _Work:
         # Only now: the two networks of a checkpoint are one module, loaded in turn.
         weights: nn.Module = model.network() if network == "own" else model.base_network()
         images = folder / IMAGES
+        label = BASE if network == "base" else model.label
         kept = draw(
             model.backbone,
             weights,
             mine,
             self.plan.settings,
             images,
-            phase=f"drawing {folder.name}",
+            phase=f"drawing {label}",
             progress=self.progress,
             list_them=False,
         )
         if self.world.is_main:
             list_pictures(images, pictures)
-        label = BASE if network == "base" else model.label
         evaluated = self._score(folder, pictures, mine, label, kept)
         if self.world.is_main:
             self._write(evaluated, protocol, model, network)

@@ -6,6 +6,7 @@ stands beside them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -340,6 +341,21 @@ def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
 
 
+def check_output(path: Path) -> None:
+    """Make the folder of a file to be written, so that a mistake shows before the work.
+
+    Raises:
+        RamctlError: the file cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path if path.exists() else path.parent, os.W_OK) and not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise RamctlError(f"{path} cannot be written; choose another file with --output.")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file in one step, making its folder.
 
@@ -354,7 +370,8 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         raise RamctlError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong above is what the user needs to hear
+            temporary.unlink()
 
 
 def _plain(value: object) -> object:

@@ -208,6 +208,7 @@ class Run:
         self.seconds_before = 0.0
         self.began = datetime.now(UTC)
         self.started = time.perf_counter()
+        self.started_at = datetime.now(UTC)
         self.best_value = -np.inf
         self.config_text = ""
 

@@ -90,7 +90,7 @@ def tiny_settings(tiny_preset: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_settings: Settings) -> Path:
-    """A checkpoint after one real step, in a run folder with ``latest`` and ``best``. Read it; to change it, copy it."""
+    """A checkpoint after one real step, in a run folder with ``latest`` and ``best``; to change it, copy it."""
     return make_checkpoint(tiny_settings, tmp_path_factory.mktemp("tiny-run"))
 
 

@@ -17,9 +17,7 @@ from ramctl.prompts import Prompt
 from ramctl.sampling import DrawSettings, Picture, draw, sample
 from ramctl.sources import OpenModel, open_source
 
-SETTINGS = DrawSettings(
-    sampling_steps=3, guidance_scale=1.5, negative_prompt="", seed=5, images_per_prompt=1
-)
+SETTINGS = DrawSettings(sampling_steps=3, guidance_scale=1.5, negative_prompt="", seed=5, images_per_prompt=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +97,17 @@ def test_the_base_beside_it_is_the_base_model_from_the_same_noise(
     np.testing.assert_array_equal(right, pixels(both.tuned)[0])
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("guidance_scale", "negative_prompt"), [(1.0, ""), (2.0, ""), (2.0, "a photo of a red circle")]
+)
 def test_plain_diffusers_with_the_lora_gives_the_same_pictures(
-    guidance_scale: float, tuned: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path
+    guidance_scale: float, negative_prompt: str, tuned: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     from ramctl.resources import resource_dir
 
-    settings = replace(SETTINGS, sampling_steps=4, guidance_scale=guidance_scale)
+    settings = replace(SETTINGS, sampling_steps=4, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
     ours = sample(tuned, tiny_prompts[:2], settings, output=tmp_path / "ours")
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         resource_dir("models") / "tinyworld", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
@@ -119,6 +119,7 @@ def test_plain_diffusers_with_the_lora_gives_the_same_pictures(
         noise = keyed_normal(seeds, tuned.backbone.latent_shape, torch.device("cpu"))
         images = pipeline(
             [prompt.text for prompt in tiny_prompts[:2]],
+            negative_prompt=[negative_prompt] * 2,
             latents=noise,
             height=64,
             width=64,
@@ -161,9 +162,7 @@ def test_the_default_folder_is_numbered(
     assert folders == [Path("outputs/samples/tinyworld"), Path("outputs/samples/tinyworld-2")]
 
 
-def test_a_folder_with_something_in_it_is_refused(
-    base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path
-) -> None:
+def test_a_folder_with_something_in_it_is_refused(base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         sample(base, tiny_prompts, SETTINGS, output=tmp_path)
@@ -199,9 +198,7 @@ def test_what_is_not_given_stays() -> None:
     assert SETTINGS.changed(seed=None, sampling_steps=9) == replace(SETTINGS, sampling_steps=9)
 
 
-def test_a_single_prompts_pictures_form_a_square(
-    base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path
-) -> None:
+def test_a_single_prompts_pictures_form_a_square(base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path) -> None:
     settings = replace(SETTINGS, sampling_steps=1, images_per_prompt=4)
     samples = sample(base, tiny_prompts[:1], settings, output=tmp_path / "out")
     assert load_image(samples.grid).shape == (258, 258, 3)

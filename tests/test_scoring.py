@@ -17,6 +17,7 @@ from ramctl.images import read_image_folder, save_png, write_image_folder
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import ImageScore, Scorer, Scores, SelfTest
 from ramctl.scoring import (
+    check_output,
     folder_json,
     image_rows,
     make_scorers,
@@ -120,6 +121,11 @@ def test_an_unwritable_place_is_said(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RamctlError, match="cannot be written"):
         write_json_lines(tmp_path / "file" / "scores.jsonl", [])
+    for path in (tmp_path / "file" / "scores.jsonl", tmp_path):
+        with pytest.raises(RamctlError, match="cannot be written"):
+            check_output(path)
+    check_output(tmp_path / "new" / "scores.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 class _Liar(Scorer):

@@ -39,9 +39,7 @@ def replace_in_manifest(checkpoint: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("part", [".", "latest", "best", "step-000001"])
-def test_every_way_to_name_a_checkpoint_finds_it(
-    part: str, tiny_checkpoint: Path, tiny_settings: Settings
-) -> None:
+def test_every_way_to_name_a_checkpoint_finds_it(part: str, tiny_checkpoint: Path, tiny_settings: Settings) -> None:
     found = find_source(str(tiny_checkpoint.parent / part))
     assert found.checkpoint is not None and found.checkpoint.resolve() == tiny_checkpoint.resolve()
     assert found.config == tiny_settings.config

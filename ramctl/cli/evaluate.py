@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,6 +144,8 @@ def evaluate(
         drawbench_metrics=metrics,
         drawbench_prompts=drawbench_prompts,
     )
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"Evaluating {request.source}")
     with counting() as progress:
         report = run(request, progress)
     if report.is_main:

@@ -47,6 +47,7 @@ def score(
     """Score a folder of pictures, whoever made them."""
     from ramctl.cli._counting import counting
     from ramctl.scoring import (
+        check_output,
         folder_json,
         image_rows,
         make_scorers,
@@ -60,6 +61,8 @@ def score(
 
     names = split_names(scorer or ())
     scorers = make_scorers(names, parse_options(option or ()))
+    if output is not None:
+        check_output(output)
     with counting() as progress:
         scored = score_folder(images, scorers, self_test=self_test, batch_size=batch_size, progress=progress)
     summaries = scored.summaries()

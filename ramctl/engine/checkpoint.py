@@ -77,10 +77,13 @@ def _point(link: Path, target: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     try:
-        temporary.symlink_to(target)
-    except OSError:
-        temporary.write_text(target, encoding="utf-8")
-    temporary.replace(link)
+        try:
+            temporary.symlink_to(target)
+        except OSError:
+            temporary.write_text(target, encoding="utf-8")
+        temporary.replace(link)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pointed(link: Path) -> Path | None:
@@ -109,6 +112,8 @@ def damage(folder: Path) -> str | None:
         return f"{manifest_path} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{manifest_path} is damaged"
+    if not manifest:
+        return f"{manifest_path} is damaged (it lists no file)"
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():

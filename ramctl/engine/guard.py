@@ -15,13 +15,13 @@ class Guard:
 
     It speaks when the smoothed reward has fallen below its start by more than ``certainty`` standard errors *and* the
     drift is more than ``explosion`` times what it was when the reward was best. Either alone is no divergence: rewards
-    are noisy, and a policy that learns must drift. Four standard errors, because the question is asked at every step:
-    with two, a tenth of the runs that learn slowly at first would be stopped.
+    are noisy, and a policy that learns must drift. Five standard errors, because the question is asked at every step:
+    with two, a seventh of the runs that learn slowly would be stopped.
     """
 
     window: int = 8
     explosion: float = 3.0
-    certainty: float = 4.0
+    certainty: float = 5.0
     rewards: list[float] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
 
