@@ -101,9 +101,7 @@ def measure(setting: str, kinds: Sequence[Family], repeats: int) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=48, help="pictures per family")
     parser.add_argument("--settings", nargs="+", default=DEFAULT_SETTINGS, metavar="SIDE:WIDTH:THREADS")
     parser.add_argument("--repeats", type=int, default=1)

@@ -26,9 +26,7 @@ from ramctl.tinyworld.renderer import DrawnObject, bounding_box, compose, draw_s
 Picture = NDArray[np.uint8]
 
 
-def read_right(
-    found: list[Detection], drawn: list[DrawnObject], *, threshold: float = COUNTING_THRESHOLD
-) -> bool:
+def read_right(found: list[Detection], drawn: list[DrawnObject], *, threshold: float = COUNTING_THRESHOLD) -> bool:
     """Whether the detections above the threshold are the drawn objects, boxes within one pixel per side."""
     counted = [d for d in found if d.score > threshold]
     if len(counted) != len(drawn):

@@ -1,7 +1,7 @@
 """Scores of the embedded model by prompt kind and guidance scale: python benchmarks/tinyworld_scores.py
 
-Prints the Markdown tables of models/tinyworld/README.md: the held-out prompts of the two presets, one picture each, under
-each preset's evaluation protocol but for the guidance scale.
+Prints the Markdown tables of models/tinyworld/README.md: the held-out prompts of the two presets, one picture each,
+under each preset's evaluation protocol but for the guidance scale.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ SMOOTH_FROM = 40
 # Placeholders that survive matplotlib's colour parser and are replaced by CSS variables afterwards.
 _INK, _RULE = "#b00001", "#b00002"
 _VARIABLES = {_INK: "var(--ink)", _RULE: "var(--rule)"}
-_GROUP_ID = re.compile(
-    r' id="(?:figure|axes|patch|text|line2d|LineCollection|matplotlib\.axis|[xy]tick)_\d+"'
-)
+_GROUP_ID = re.compile(r' id="(?:figure|axes|patch|text|line2d|LineCollection|matplotlib\.axis|[xy]tick)_\d+"')
 
 
 @dataclass(frozen=True)

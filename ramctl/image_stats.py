@@ -34,16 +34,9 @@ def image_statistics(images: NDArray[np.uint8]) -> dict[str, float]:
     Raises:
         DataError: images of another shape or dtype, or without pixels.
     """
-    if (
-        not isinstance(images, np.ndarray)
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] != 3
-    ):
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         shape = getattr(images, "shape", "")
-        raise DataError(
-            f"Image statistics take uint8 [N, H, W, 3] in RGB, got {getattr(images, 'dtype', '')} {shape}."
-        )
+        raise DataError(f"Image statistics take uint8 [N, H, W, 3] in RGB, got {getattr(images, 'dtype', '')} {shape}.")
     if not len(images):
         return {}
     if 0 in images.shape:

@@ -75,9 +75,7 @@ def read_image_folder(folder: str | Path) -> list[ImageRow]:
     if any((child / METADATA).is_file() or (child / SAMPLES).is_dir() for child in children):
         strangers = _unlisted(root, set())
         if strangers:
-            raise DataError(
-                f"{root} holds prompt folders and loose pictures: {_shown(strangers)}; move these out."
-            )
+            raise DataError(f"{root} holds prompt folders and loose pictures: {_shown(strangers)}; move these out.")
         return [row for child in children for row in _read_geneval(child)]
     raise DataError(
         f'Image folder {root} has no {METADATA}: add one with a line {{"file_name": "….png", "prompt": "…"}} '
@@ -271,9 +269,7 @@ def _read_flat(root: Path) -> list[ImageRow]:
         raise DataError(f"{listing} lists no pictures.")
     strangers = _unlisted(root, set(lines_of))
     if strangers:
-        raise DataError(
-            f"{listing} does not list {_shown(strangers)}; add a line for each or move them elsewhere."
-        )
+        raise DataError(f"{listing} does not list {_shown(strangers)}; add a line for each or move them elsewhere.")
     return rows
 
 
@@ -327,9 +323,7 @@ def _is_picture(path: Path) -> bool:
 def _unlisted(root: Path, listed: set[Path]) -> list[Path]:
     """Pictures in the folder, and in subfolders the list names pictures of, that are not listed."""
     folders = sorted({root, *(path.parent for path in listed)})
-    return [
-        path for folder in folders for path in _visible(folder) if _is_picture(path) and path not in listed
-    ]
+    return [path for folder in folders for path in _visible(folder) if _is_picture(path) and path not in listed]
 
 
 def _shown(paths: Sequence[Path], limit: int = 3) -> str:

@@ -43,8 +43,8 @@ def _free_port() -> int:
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``ramctl <arguments>`` in that many processes; the exit code of the run.
 
-    The first process owns the terminal. The others' messages are kept aside and shown only if the first one had nothing to
-    say itself, so that a mistake of the user's is reported once. When one process fails the rest are ended.
+    The first process owns the terminal. The others' messages are kept aside and shown only if the first one had nothing
+    to say itself, so that a mistake of the user's is reported once. When one process fails the rest are ended.
     """
     port = _free_port()
     running: list[subprocess.Popen[bytes]] = []
@@ -63,7 +63,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if rank == 0:
             running.append(subprocess.Popen(command, env=environment))
             continue
-        log: IO[bytes] = tempfile.TemporaryFile()
+        log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed when all processes have ended
         logs.append(log)
         running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     previous = signal.signal(signal.SIGTERM, _on_sigterm)

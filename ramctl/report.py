@@ -338,8 +338,7 @@ def _chart(panel: Panel, mark: tuple[float, str] | None, markup: Any) -> dict[st
         "change": percent if single and panel.watched and first else "",
         "notable": panel.watched and abs(change) > NOTABLE_CHANGE,
         "legend": [
-            {"label": s.label, "css": s.css, "style": s.style, "last": number(s.ends()[1])}
-            for s in panel.series
+            {"label": s.label, "css": s.css, "style": s.style, "last": number(s.ends()[1])} for s in panel.series
         ]
         if len(panel.series) > 1
         else [],

@@ -98,12 +98,12 @@ class RunFolder:
             return
         if not config_file.is_file():
             raise RunFolderError(
-                f"Folder {self.path} is not empty and is no run folder (no {CONFIG_FILE}). Choose another with --output."
+                f"Folder {self.path} is not empty and no run folder (no {CONFIG_FILE}). Choose another with --output."
             )
         owner = load_settings(str(config_file)).config.name
         if owner != config.name:
             raise RunFolderError(
-                f"Run folder {self.path} belongs to preset {owner!r}, not {config.name!r}. Choose another with --output."
+                f"Run folder {self.path} belongs to preset {owner!r}, not {config.name!r}. Choose one with --output."
             )
 
     def check_same_experiment(self, checkpoint: Path, settings: Settings) -> None:

@@ -72,9 +72,7 @@ class Tracker(ABC):
         """
 
     @abstractmethod
-    def log(
-        self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = ""
-    ) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = "") -> None:
         """Record metrics at ``step``, copy files into artifact ``folder``; never raises for a failing store.
 
         Values that are not finite are left out. Names may contain slashes (``reward_by_tag/color_attr``).
@@ -92,9 +90,7 @@ class NoTracker(Tracker):
         """Return ``run_id`` unchanged, so that a run resumed later with a tracker finds it again."""
         return run_id or ""
 
-    def log(
-        self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = ""
-    ) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = "") -> None:
         """Do nothing."""
 
     def finish(self, status: Status) -> None:
@@ -141,9 +137,7 @@ class MlflowTracker(Tracker):
         self._run_id = str(run.info.run_id)
         return self._run_id
 
-    def log(
-        self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = ""
-    ) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], files: Sequence[Path] = (), folder: str = "") -> None:
         """See :meth:`Tracker.log`. One batch call a step; what cannot be written is kept and tried again.
 
         Raises:
@@ -155,9 +149,7 @@ class MlflowTracker(Tracker):
 
         now = int(time.time() * 1000)
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        self._pending_metrics += [
-            Metric(_safe_name(name), value, now, step) for name, value in finite.items()
-        ]
+        self._pending_metrics += [Metric(_safe_name(name), value, now, step) for name, value in finite.items()]
         del self._pending_metrics[:-MAX_PENDING_METRICS]
         self._pending_files += [(Path(file), folder) for file in files]
         if time.monotonic() >= self._retry_at:
@@ -221,8 +213,7 @@ class MlflowTracker(Tracker):
             run = None
         if run is None or run.info.lifecycle_stage == "deleted":
             warnings.warn(
-                f"MLflow at {self._uri} has no run {run_id} (deleted, or tracked elsewhere): "
-                "a new run is recorded.",
+                f"MLflow at {self._uri} has no run {run_id} (deleted, or tracked elsewhere): a new run is recorded.",
                 TrackingWarning,
                 stacklevel=4,
             )
@@ -267,9 +258,7 @@ def make_tracker(kind: TrackerKind, uri: str | None = None, experiment: str = "r
         return MlflowTracker(uri, experiment)
     if kind == "none":
         return NoTracker()
-    raise ConfigError(
-        f"tracking.kind must be mlflow or none, got {kind!r}.{did_you_mean(kind, ('mlflow', 'none'))}"
-    )
+    raise ConfigError(f"tracking.kind must be mlflow or none, got {kind!r}.{did_you_mean(kind, ('mlflow', 'none'))}")
 
 
 def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
@@ -293,15 +282,12 @@ def _log_params(client: MlflowClient, run: Run, params: Mapping[str, str]) -> No
 
     limit = _param_limit()
     texts = {
-        _safe_name(key): value if len(value) <= limit else value[: limit - 1] + "…"
-        for key, value in params.items()
+        _safe_name(key): value if len(value) <= limit else value[: limit - 1] + "…" for key, value in params.items()
     }
     known = run.data.params
     new = [Param(key, value) for key, value in texts.items() if key not in known]
     # MLflow refuses a second value for a parameter; a resumed run may well have one (more steps).
-    changed = [
-        RunTag(f"resumed.{key}", value) for key, value in texts.items() if known.get(key, value) != value
-    ]
+    changed = [RunTag(f"resumed.{key}", value) for key, value in texts.items() if known.get(key, value) != value]
     client.log_batch(run.info.run_id, params=new, tags=changed)
 
 
@@ -343,9 +329,7 @@ def _check_uri(uri: str) -> None:
         return
     database = _sqlite_file(uri)
     if database is None:
-        raise ConfigError(
-            f"The tracking address {uri!r} names no file. Use, for instance, sqlite:///mlflow.db."
-        )
+        raise ConfigError(f"The tracking address {uri!r} names no file. Use, for instance, sqlite:///mlflow.db.")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with database.open("ab"):

@@ -13,28 +13,26 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import ramctl
-from ramctl.backbones.base import Backbone
 from ramctl.backbones.registry import load_backbone
 from ramctl.config import Config
 from ramctl.engine.checkpoint import CheckpointStore
 from ramctl.engine.distributed import World, connect
-from ramctl.engine.evaluation import Evaluation, evaluate
 from ramctl.engine.guard import Guard
-from ramctl.engine.metrics import paired_interval, reward_metrics
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import StepResult, Trainer
 from ramctl.errors import ConfigError, DataError, RamctlError
+from ramctl.heldout import HeldOut
 from ramctl.image_stats import image_statistics
-from ramctl.images import make_grid, save_png
+from ramctl.observer import Observer, SilentObserver
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag
-from ramctl.report import Comparison, ConfigRow, Grid, Report, write_report
+from ramctl.report import Comparison, ConfigRow, Report, write_report
 from ramctl.resources import find_resource
 from ramctl.runfolder import RunFolder, numbered, require_checkpoint
 from ramctl.scorers.composite import Reward, Term
@@ -42,51 +40,7 @@ from ramctl.scorers.registry import create
 from ramctl.settings import Settings
 from ramctl.tracking import NoTracker, Tracker, make_tracker
 
-_GRID_SCALE_TO = 128
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "mlflow")
-
-
-class Observer(Protocol):
-    """Who is told how a run goes: the command line draws progress bars from it."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-        ...
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Progress inside a step or an evaluation."""
-        ...
-
-    def started(self, step: int, steps: int, folder: Path) -> None:
-        """The loop begins after ``step`` finished steps."""
-        ...
-
-    def step(self, metrics: dict[str, float], steps: int) -> None:
-        """A step is finished."""
-        ...
-
-    def evaluated(self, row: dict[str, float]) -> None:
-        """A held-out evaluation is finished."""
-        ...
-
-
-class SilentObserver:
-    """Tells nobody; used by every process but the main one."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def started(self, step: int, steps: int, folder: Path) -> None:
-        """Nothing."""
-
-    def step(self, metrics: dict[str, float], steps: int) -> None:
-        """Nothing."""
-
-    def evaluated(self, row: dict[str, float]) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +189,13 @@ class Run:
         self.observer.note(f"Loading {config.model.path} on {self.device}")
         backbone = load_backbone(config, self.device)
         policy = Policy(backbone, config.lora, seed=config.train.seed)
+        if config.train.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing(policy.live)
         self.trainer = Trainer(
             config, backbone, policy, train_prompts, reward, self.world, progress=self.observer.phase
         )
         extra = self._resume(checkpoint)
-        self.evaluator = _Evaluator(config, backbone, policy, held_out, reward, self.world, self.folder, self.observer)
+        self.evaluator = HeldOut(config, backbone, policy, held_out, reward, self.world, self.folder, self.observer)
         self._start_tracking(str(extra.get("run_id", "")), reward)
         try:
             outcome = self._loop()
@@ -366,7 +322,7 @@ class Run:
         return row["eval/mean"]
 
     def _save(self, value: float | None, *, diverged: bool) -> None:
-        """Checkpoint; the best one is that with the highest held-out value (or training reward, without held-out prompts)."""
+        """Checkpoint; the best has the highest held-out value (or training reward, without held-out prompts)."""
         rewards = self.guard.rewards[-self.guard.window :]
         score = value if value is not None else float(np.mean(rewards)) if not self.evaluator.prompts else None
         best = score is not None and score > self.best_value and not diverged
@@ -455,114 +411,3 @@ def config_rows(settings: Settings) -> list[ConfigRow]:
             value = value.get(part) if isinstance(value, dict) else None
         rows.append(ConfigRow(key, value, source))
     return rows
-
-
-class _Evaluator:
-    """Held-out evaluations of one run and what is kept of them: rows, values per picture, pictures of fixed prompts."""
-
-    def __init__(
-        self,
-        config: Config,
-        backbone: Backbone,
-        policy: Policy,
-        prompts: Sequence[Prompt],
-        reward: Reward,
-        world: World,
-        folder: RunFolder,
-        observer: Observer,
-    ) -> None:
-        self.config, self.backbone, self.policy, self.reward = config, backbone, policy, reward
-        self.prompts, self.world, self.folder, self.observer = list(prompts), world, folder, observer
-        shown = {id(prompt) for prompt in spread_by_tag(self.prompts, config.evaluation.picture_prompts)}
-        self.shown = [i for i, prompt in enumerate(self.prompts) if id(prompt) in shown]
-
-    def _file(self, step: int) -> Path:
-        return self.folder.path / "samples" / f"step-{step:06d}.npz"
-
-    def _grid_file(self, step: int) -> Path:
-        return self._file(step).with_suffix(".png")
-
-    def grid_files(self, step: int) -> list[Path]:
-        """The grid picture of an evaluation, for the tracker."""
-        return [path] if (path := self._grid_file(step)).is_file() else []
-
-    def done_at(self, step: int) -> bool:
-        """Whether that step's evaluation is on disk already (or there is nothing to evaluate)."""
-        done = not self.prompts or (
-            self._file(step).is_file() and any(row["step"] == step for row in self.folder.rows("evaluations.jsonl"))
-        )
-        return bool(self.world.broadcast(done))
-
-    def evaluate(self, which: Literal["reference", "evaluation"], step: int) -> dict[str, float] | None:
-        """Draw and score the held-out prompts with one set of weights; the metrics row, None without prompts."""
-        if not self.prompts:
-            return None
-        per_prompt = self.config.evaluation.images_per_prompt
-        total = len(self.world.share(len(self.prompts) * per_prompt))
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            self.observer.phase("evaluate", done, total)
-
-        result = evaluate(
-            self.backbone,
-            self.policy.network(which),
-            self.prompts,
-            self.reward,
-            self.config.evaluation,
-            self.world,
-            micro_batch=self.config.rollout.micro_batch,
-            progress=progress,
-        )
-        pictures = self._fixed_pictures(result, per_prompt)
-        if self.world.is_main:
-            self._keep(result, pictures, step)
-        return {"step": step, **reward_metrics(result, "eval")}
-
-    def _fixed_pictures(self, result: Evaluation, per_prompt: int) -> NDArray[np.uint8]:
-        wanted = {i * per_prompt for i in self.shown}
-        mine = {row: result.images[row - result.share.start] for row in result.share if row in wanted}
-        merged = {row: image for part in self.world.gather(mine) for row, image in part.items()}
-        return np.stack([merged[i * per_prompt] for i in self.shown])
-
-    def _keep(self, result: Evaluation, pictures: NDArray[np.uint8], step: int) -> None:
-        path = self._file(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {"value": result.value, **({} if result.strict is None else {"strict": result.strict})}
-        columns.update({name: column for name, column in result.details.items() if name == "official"})
-        per_prompt = self.config.evaluation.images_per_prompt
-        shown = np.array([result.value[i * per_prompt] for i in self.shown], dtype=np.float32)
-        np.savez_compressed(path, allow_pickle=False, pictures=pictures, shown_value=shown, **columns)
-        scale = max(1, _GRID_SCALE_TO // pictures.shape[1])
-        save_png(make_grid(pictures, columns=min(4, len(pictures)), scale=scale), self._grid_file(step))
-
-    def comparisons(self, step: int) -> list[Comparison]:
-        """Held-out means before and at ``step``, with the bootstrap interval of the paired difference per prompt."""
-        if step == 0 or not (self._file(0).is_file() and self._file(step).is_file()):
-            return []
-        found = []
-        per_prompt = self.config.evaluation.images_per_prompt
-        with np.load(self._file(0)) as before, np.load(self._file(step)) as after:
-            for name in ("strict", "official", "value"):
-                if name not in before or name not in after or before[name].shape != after[name].shape:
-                    continue
-                # Pictures of one prompt are no independent sample: the interval is over prompts.
-                pair = [np.nanmean(part[name].reshape(-1, per_prompt), axis=1) for part in (before, after)]
-                _, low, high = paired_interval(pair[0], pair[1])
-                found.append(
-                    Comparison(name, float(np.nanmean(pair[0])), float(np.nanmean(pair[1])), low, high, len(pair[0]))
-                )
-        return found
-
-    def grids(self, step: int) -> list[Grid]:
-        """The fixed prompts' pictures before and after."""
-        prompts = [self.prompts[i].text for i in self.shown]
-        grids = []
-        for label, at in (("before", 0), ("after", step)):
-            if self._file(at).is_file() and (at or label == "before"):
-                with np.load(self._file(at)) as kept:
-                    scores = [float(v) for v in kept["shown_value"]]
-                    grids.append(Grid(label, at, prompts, kept["pictures"], scores))
-        return grids

@@ -51,9 +51,7 @@ def test_a_wiped_background_lowers_edges_and_entropy() -> None:
 
 
 def test_many_and_large_pictures_are_sampled() -> None:
-    many = np.concatenate(
-        [flat(255, 0, 0, count=3 * MAX_IMAGES, side=4), flat(9, 9, 9, count=3 * MAX_IMAGES, side=4)]
-    )
+    many = np.concatenate([flat(255, 0, 0, count=3 * MAX_IMAGES, side=4), flat(9, 9, 9, count=3 * MAX_IMAGES, side=4)])
     assert image_statistics(many)["saturation"] == pytest.approx(0.5, abs=0.01)
     assert image_statistics(flat(255, 0, 0, count=1, side=1024))["saturation"] == pytest.approx(1.0)
 

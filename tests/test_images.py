@@ -121,12 +121,7 @@ def test_a_folder_that_is_absent_or_a_file(tmp_path: Path) -> None:
 def test_a_folder_without_metadata_says_what_to_write(tmp_path: Path) -> None:
     save_png(picture(), tmp_path / "a.png")
     message = refused(tmp_path)
-    assert (
-        str(tmp_path) in message
-        and "metadata.jsonl" in message
-        and "file_name" in message
-        and "samples" in message
-    )
+    assert str(tmp_path) in message and "metadata.jsonl" in message and "file_name" in message and "samples" in message
 
 
 @pytest.mark.parametrize(
@@ -155,9 +150,7 @@ def test_pictures_that_are_not_listed_are_named(tmp_path: Path) -> None:
     for name in ("w.JPG", "x.png", "y.webp", "z.png"):
         save_png(picture(), root / name)
     message = refused(root)
-    assert (
-        "does not list w.JPG, x.png, y.webp and 1 more" in message and str(root / "metadata.jsonl") in message
-    )
+    assert "does not list w.JPG, x.png, y.webp and 1 more" in message and str(root / "metadata.jsonl") in message
 
 
 def test_an_empty_list_and_one_that_is_no_text(tmp_path: Path) -> None:

@@ -34,7 +34,12 @@ def shortened(line: str) -> str:
 
 def run(script: str, folder: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -49,7 +54,10 @@ def test_every_shell_block_has_a_name_and_is_run_somewhere() -> None:
 def test_ci_runs_the_install_and_test_block() -> None:
     assert "readme_block.py install-and-test | bash" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     printed = subprocess.run(
-        [sys.executable, ROOT / ".ci" / "readme_block.py", "install-and-test"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / ".ci" / "readme_block.py", "install-and-test"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert printed.stdout == BLOCKS["install-and-test"]
 

@@ -245,9 +245,7 @@ def test_an_empty_run_is_a_page() -> None:
     assert "svg" not in page.tags
 
 
-@pytest.mark.parametrize(
-    "metrics", [[{"step": 1, "loss": 0.5}], [{"step": 1, "loss": math.nan}], [{"step": 1}]]
-)
+@pytest.mark.parametrize("metrics", [[{"step": 1, "loss": 0.5}], [{"step": 1, "loss": math.nan}], [{"step": 1}]])
 def test_missing_metrics_leave_their_panels_out(metrics: list[dict[str, float]]) -> None:
     text = render_report(Report(title="t", metrics=metrics))
     assert ("<h3>Loss</h3>" in text) == (metrics[0].get("loss") == 0.5)
@@ -279,9 +277,7 @@ def test_a_notable_change_is_set_off(full: Report) -> None:
 
 def test_an_early_stop_gives_its_reason(full: Report) -> None:
     stopped = replace(full, status="stopped", reason="The reward fell while the drift rose.")
-    assert (
-        "first run stopped early The reward fell while the drift rose." in Page(render_report(stopped)).words
-    )
+    assert "first run stopped early The reward fell while the drift rose." in Page(render_report(stopped)).words
 
 
 def test_prompts_missing_from_a_grid_and_too_many_prompts() -> None:
@@ -312,9 +308,7 @@ def test_writing_replaces_the_page_and_leaves_nothing_else(full: Report, tmp_pat
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_write_that_fails_keeps_the_old_page(
-    full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_keeps_the_old_page(full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
     write_report(path, Report(title="old"))
     before = path.read_text(encoding="utf-8")

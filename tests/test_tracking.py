@@ -76,10 +76,7 @@ def test_resuming_continues_the_run_and_survives_changed_parameters(store: Path)
     assert client_of(store).get_run(run_id).info.status == "KILLED"
 
     second = make_tracker("mlflow", None, "resume")
-    assert (
-        second.start("run", {"train": {"steps": 20}, "seed": 1, "new": True, "notes": "a" * 9000}, run_id)
-        == run_id
-    )
+    assert second.start("run", {"train": {"steps": 20}, "seed": 1, "new": True, "notes": "a" * 9000}, run_id) == run_id
     assert client_of(store).get_run(run_id).info.status == "RUNNING"
     second.log(2, {"loss": 1.0})
     second.finish("finished")
@@ -253,9 +250,7 @@ def test_a_server_that_is_down_is_one_line() -> None:
     assert str(port) in str(caught.value)
 
 
-def test_an_old_folder_store_does_not_stop_a_run(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_folder_store_does_not_stop_a_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("")
     (tmp_path / "mlflow.db").write_bytes((store / "mlflow.db").read_bytes())

@@ -98,6 +98,10 @@ class Backbone(ABC):
         """uint8 [N, H, W, 3] RGB pictures on the CPU, by the one rounding all commands share."""
 
     @abstractmethod
+    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+        """Make ``network`` recompute activations in the backward pass: less memory, more time, the same gradient."""
+
+    @abstractmethod
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """Give ``network`` one trainable LoRA (float32), B = 0.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PREFIX = "transformer."
 _PLAIN_ATTENTION_TOKENS = 128
+_PROMPTS_AT_ONCE = 64  # a T5 takes gigabytes for more
 
 
 @contextlib.contextmanager
@@ -132,9 +135,16 @@ class StableDiffusion3(Backbone):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._autocast_dtype)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """Embeddings as the pipeline computes them; without a T5, no zero tokens are appended in its place."""
+        parts = [
+            self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
+            for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
+        ]
+        return functools.reduce(TextEmbeddings.joined, parts)
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         with self._autocast(), _quiet():
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
                 prompt=list(prompts),
@@ -146,8 +156,13 @@ class StableDiffusion3(Backbone):
             )
         return TextEmbeddings(tokens, pooled)
 
-    def _attention(self, text_tokens: int) -> contextlib.AbstractContextManager[Any]:
-        """On a CPU and few tokens plain matrix products beat the fused attention, most of all in the backward pass."""
+    def _attention(self, network: nn.Module, text_tokens: int) -> contextlib.AbstractContextManager[Any]:
+        """On a CPU and few tokens plain matrix products beat the fused attention, most of all in the backward pass.
+
+        Not with gradient checkpointing: the recomputation, outside this context, must take the same kernel.
+        """
+        if getattr(network, "gradient_checkpointing", False):
+            return contextlib.nullcontext()
         _, height, width = self.latent_shape
         if self.device.type == "cpu" and text_tokens + height * width // 4 <= _PLAIN_ATTENTION_TOKENS:
             return sdpa_kernel(SDPBackend.MATH)
@@ -155,7 +170,7 @@ class StableDiffusion3(Backbone):
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
         """v(x_t, t | text), float32; the network reads t·1000."""
-        with self._autocast(), self._attention(text.tokens.shape[1]):
+        with self._autocast(), self._attention(network, text.tokens.shape[1]):
             (velocity,) = network(
                 hidden_states=x_t.to(text.tokens.dtype),
                 encoder_hidden_states=text.tokens,
@@ -186,7 +201,7 @@ class StableDiffusion3(Backbone):
                 negative = self._empty
             both = negative.select(torch.zeros(len(text), dtype=torch.long, device=x1.device)).joined(text)
         x = x1
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in itertools.pairwise(sigmas):
             t = sigma.expand(len(x))
             if guided:
                 unconditional, conditional = self.velocity(network, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
@@ -206,6 +221,10 @@ class StableDiffusion3(Backbone):
         unit = (pictures.float() / 2 + 0.5).clamp(0, 1)
         rounded: Tensor = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         return rounded.contiguous().cpu()
+
+    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+        """As diffusers models do it: every block is recomputed in the backward pass."""
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""

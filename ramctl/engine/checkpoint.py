@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any instant, say when they are damaged, and resume bit for bit.
 
 A checkpoint is a folder ``step-000050``. It is written under a temporary name, flushed, and renamed; ``latest`` and
-``best`` are then replaced atomically. Its manifest holds the SHA-256 of every file, so a damaged one is found, named, and
-the previous one used.
+``best`` are then replaced atomically. Its manifest holds the SHA-256 of every file, so a damaged one is found, named,
+and the previous one used.
 """
 
 from __future__ import annotations

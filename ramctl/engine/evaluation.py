@@ -1,4 +1,4 @@
-"""Held-out evaluation: pictures for fixed prompts and seeds, scored. The training loop and ``ramctl evaluate`` share it."""
+"""Held-out evaluation: pictures for fixed prompts and seeds, scored; shared by the training loop and ``ramctl evaluate``."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """Draw and score ``images_per_prompt`` pictures for each prompt.
 
-    The noise of picture j of prompt i is keyed by (evaluation seed, i·images_per_prompt + j), so two sets of weights are
-    compared on the same noise.
+    The noise of picture j of prompt i is keyed by (evaluation seed, i·images_per_prompt + j), so two sets of weights
+    are compared on the same noise.
     """
     world = world or World()
     repeated = [prompt for prompt in prompts for _ in range(settings.images_per_prompt)]

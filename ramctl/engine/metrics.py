@@ -55,7 +55,7 @@ def mean_by_tag(values: Column, prompts: Sequence[Prompt]) -> dict[str, float]:
 
 
 def reward_metrics(scores: ScoredPictures, prefix: str = "reward") -> dict[str, float]:
-    """``<prefix>/mean``, ``/std``, ``/strict``, ``/failed`` (share), ``score/<detail>`` and ``<prefix>_by_tag/<tag>``."""
+    """``<prefix>/mean|std|strict|failed``, ``score/<detail>`` and ``<prefix>_by_tag/<tag>``."""
     good = scores.value[~scores.failed]
     metrics = {
         f"{prefix}/mean": _mean(scores.value),

@@ -84,8 +84,8 @@ def path_cost_correction(*, cost_s: Tensor, cost_t: Tensor, span: Tensor, y_s: T
 
     The running KL cost enters as a negative reward paid at time s with its own bridge velocity. φ_t(X_t) is a baseline:
     Y^(s) − v_t has conditional mean zero at the canonical velocity, so it changes the variance only and removes the 1/β
-    growth as s → t. Averaged over s uniform on an interval of length ``span`` that ends at t, this is the integral of the
-    exact fixed point.
+    growth as s → t. Averaged over s uniform on an interval of length ``span`` that ends at t, this is the integral of
+    the exact fixed point.
 
     Args:
         cost_s, cost_t, span: [N]. y_s, v_t: [N, …].

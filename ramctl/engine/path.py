@@ -87,8 +87,8 @@ class GaussianPath(ABC):
     def bridge_velocity(self, x_s: Tensor, epsilon: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Y^(s) = f_t(X_t) + ½ g_t² ε'/β, the velocity target at X_t = α X_s + β ε' seen from X_s.
 
-        At s = 0 this is the ordinary target Y. Written as (ȧ_t/a_s) X_s + (b_t ḃ_t − ȧ_t a_t b_s²/a_s²) ε'/β, which is the
-        same number without the cancelling infinities of f_t and g_t² as t → 1.
+        At s = 0 this is the ordinary target Y. Written as (ȧ_t/a_s) X_s + (b_t ḃ_t − ȧ_t a_t b_s²/a_s²) ε'/β, which is
+        the same number without the cancelling infinities of f_t and g_t² as t → 1.
         """
         s, t = broadcast_times(s, x_s), broadcast_times(t, x_s)
         _, beta = self.transition(s, t)
@@ -198,7 +198,7 @@ def shifted_sigmas(steps: int, shift: float, train_timesteps: int = 1000) -> Ten
     """The flow-matching Euler grid, float64 [steps + 1], from 1 down to exactly 0.
 
     ``steps`` times evenly spaced between the largest and the smallest training time, both already shifted, then shifted
-    again by σ → shift·σ/(1 + (shift − 1)·σ); this double shift is what diffusers' FlowMatchEulerDiscreteScheduler computes
+    again by σ → shift·σ/(1 + (shift − 1)·σ); this double shift is diffusers' FlowMatchEulerDiscreteScheduler
     (its 20-step grid at shift 3 starts 1, .9819, .9624 and ends .1498, .0089, 0).
     """
 

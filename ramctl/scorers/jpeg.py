@@ -57,9 +57,7 @@ class _JpegScorer(Scorer):
         scores = self.score(np.stack(list(pictures.values())), [Prompt("a picture")] * len(pictures))
         sizes = {name: self._sign * float(value) for name, value in zip(pictures, scores.value, strict=True)}
         passed = all(abs(sizes[name] - known) <= _TOLERANCE * known for name, known in _KNOWN_KB.items())
-        summary = ", ".join(
-            f"{name} {size:.1f} kB (expected {_KNOWN_KB[name]})" for name, size in sizes.items()
-        )
+        summary = ", ".join(f"{name} {size:.1f} kB (expected {_KNOWN_KB[name]})" for name, size in sizes.items())
         return SelfTest(passed=passed, summary=summary)
 
 

@@ -102,9 +102,7 @@ def _model_files() -> tuple[Path, Path]:
     """
     found = importlib.util.find_spec("rapidocr")
     if found is None or found.origin is None:
-        raise MissingDependencyError(
-            f"The scorer 'ocr' needs the package rapidocr, which is not installed: {INSTALL}"
-        )
+        raise MissingDependencyError(f"The scorer 'ocr' needs the package rapidocr, which is not installed: {INSTALL}")
     files = tuple(Path(found.origin).parent / "models" / name for name in (DETECTOR_FILE, RECOGNISER_FILE))
     for file in files:
         if not file.is_file():
@@ -176,13 +174,9 @@ class OcrScorer(Scorer):
     def __init__(self, detector_side: int = 320, threads: int | None = None) -> None:
         super().__init__()
         if detector_side < _SMALLEST_SIDE:
-            raise UsageError(
-                f"Scorer 'ocr': detector_side is {detector_side}, it must be {_SMALLEST_SIDE} or more."
-            )
+            raise UsageError(f"Scorer 'ocr': detector_side is {detector_side}, it must be {_SMALLEST_SIDE} or more.")
         if threads is not None and threads < 1:
-            raise UsageError(
-                f"Scorer 'ocr': threads is {threads}, it must be 1 or more (leave it out to choose)."
-            )
+            raise UsageError(f"Scorer 'ocr': threads is {threads}, it must be 1 or more (leave it out to choose).")
         self.detector_side = detector_side
         self.threads = threads if threads is not None else min(_cores(), _MOST_THREADS)
         self._readers = threading.local()
@@ -287,9 +281,7 @@ class OcrScorer(Scorer):
         expected = [1.0 if shown == target else 0.75 if shown else 0.0 for shown, target in cases]
         wrong = [
             f"{target!r} drawn as {shown!r} read as {record.get('text')!r}, value {value:.2f} not {right:.2f}"
-            for (shown, target), right, value, record in zip(
-                cases, expected, scores.value, scores.records, strict=True
-            )
+            for (shown, target), right, value, record in zip(cases, expected, scores.value, scores.records, strict=True)
             if normalise(str(record.get("text"))) != shown or value != right
         ]
         return SelfTest(

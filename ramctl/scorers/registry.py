@@ -31,9 +31,7 @@ _SCORERS: Mapping[str, _Entry] = {
         "GenEvalScorer",
         "objects, counts, colours and positions as the prompt asks",
     ),
-    "ocr": _Entry(
-        "ramctl.scorers.ocr", "OcrScorer", "the quoted text of the prompt, read back by an OCR engine"
-    ),
+    "ocr": _Entry("ramctl.scorers.ocr", "OcrScorer", "the quoted text of the prompt, read back by an OCR engine"),
     "jpeg-compressibility": _Entry(
         "ramctl.scorers.jpeg",
         "JpegCompressibility",
@@ -79,8 +77,7 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Scorer:
 def _entry(name: str) -> _Entry:
     if name not in _SCORERS:
         raise UsageError(
-            f"There is no scorer {name!r}.{did_you_mean(name, _SCORERS)} "
-            f"The scorers are {', '.join(_SCORERS)}."
+            f"There is no scorer {name!r}.{did_you_mean(name, _SCORERS)} The scorers are {', '.join(_SCORERS)}."
         )
     return _SCORERS[name]
 
@@ -97,14 +94,11 @@ def _check_options(name: str, scorer_class: type[Scorer], options: dict[str, obj
     for key, value in options.items():
         if key not in parameters:
             raise UsageError(
-                f"Scorer {name!r} has no option {key!r}.{did_you_mean(str(key), parameters)} "
-                f"{_listing(parameters)}"
+                f"Scorer {name!r} has no option {key!r}.{did_you_mean(str(key), parameters)} {_listing(parameters)}"
             )
         problem, checked[key] = _convert(value, hints.get(key, Any))
         if problem:
-            raise UsageError(
-                f"Scorer {name!r}: option {key!r} is {value!r}: {problem}. {_listing(parameters)}"
-            )
+            raise UsageError(f"Scorer {name!r}: option {key!r} is {value!r}: {problem}. {_listing(parameters)}")
     return checked
 
 

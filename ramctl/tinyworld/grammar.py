@@ -1,8 +1,8 @@
 """What tinyworld prompts ask for: scenes of the six GenEval kinds, and signs with a word on them.
 
 Metadata follows GenEval's records: ``tag``, ``include`` (clauses of ``class``, ``count``, optional ``color`` and
-``position`` = [relation, index of the target clause]) and ``exclude`` for counting. Two departures from GenEval, made so
-that the small world has enough different prompts: counting prompts may name a colour, and the classes are shapes.
+``position`` = [relation, index of the target clause]) and ``exclude`` for counting. Two departures from GenEval, made
+so that the small world has enough different prompts: counting prompts may name a colour, and the classes are shapes.
 """
 
 from __future__ import annotations

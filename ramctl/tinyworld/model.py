@@ -86,8 +86,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def build_null_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     """A few-kilobyte T5 whose output is exactly zero, as the pipeline's own stand-in for an absent T5 is.
 
-    diffusers' ``from_pretrained`` refuses a Stable Diffusion 3 folder whose third encoder is null unless the caller passes
-    ``text_encoder_3=None``; with this part in it the folder loads without arguments and gives the same pictures.
+    diffusers' ``from_pretrained`` refuses a Stable Diffusion 3 folder whose third encoder is null unless the caller
+    passes ``text_encoder_3=None``; with this part in it the folder loads without arguments and gives the same pictures.
     """
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer

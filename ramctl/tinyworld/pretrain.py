@@ -2,8 +2,8 @@
 
     python -m ramctl.tinyworld.pretrain models/tinyworld
 
-runs on one GPU in a few minutes (the model card has the figures) and on a CPU in hours. Captions are wrong on purpose for
-a share of the pictures, as web captions are, so that the model is mediocre in a way that a reward can mend.
+runs on one GPU in a few minutes (the model card has the figures) and on a CPU in hours. Captions are wrong on purpose
+for a share of the pictures, as web captions are, so that the model is mediocre in a way that a reward can mend.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _learning_rate(progress: float, peak: float) -> float:
 class Updater:
     """One optimiser update as a function of nothing, so that a GPU can record it once and replay it.
 
-    The networks are so small that launching their kernels one by one takes several times as long as running them. On CUDA
-    each distinct ``loss`` is warmed up, recorded as a CUDA graph together with its backward pass and the update, and
+    The networks are so small that launching their kernels one by one takes several times as long as running them. On
+    CUDA each distinct ``loss`` is warmed up, recorded as a CUDA graph together with its backward pass and the update, and
     replayed; elsewhere it is simply called.
     """
 
@@ -227,7 +227,7 @@ def train_transformer(
     compiled: bool = False,
     seconds: float = math.inf,
 ) -> None:
-    """Flow matching on cached latents, transformer and text encoders together; leaves the EMA weights in the pipeline."""
+    """Flow matching on cached latents, transformer and text encoders together; the pipeline ends up with the EMA weights."""
     modules = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
     parameters = [p for p in modules.parameters() if p.requires_grad]
     updater = Updater(parameters, settings.lr, settings.weight_decay, settings.ema_decay)

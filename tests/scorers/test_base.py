@@ -38,9 +38,7 @@ class Brightness(Scorer):
             raise ValueError("too dark")
         if mean == 255:
             return ImageScore(value=float("nan"))
-        return ImageScore(
-            mean / 255, strict=float(mean > 100), details={"mean": mean}, record={"tag": prompt.tag}
-        )
+        return ImageScore(mean / 255, strict=float(mean > 100), details={"mean": mean}, record={"tag": prompt.tag})
 
 
 def pictures(*grays: int) -> Images:

@@ -32,9 +32,7 @@ def test_mixed_sizes_keep_the_order_of_the_rows(tmp_path: Path) -> None:
 def test_a_truncated_picture_fails_alone_and_is_named(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     words = ["lamp", "tree", "moon"]
-    write_image_folder(
-        tmp_path, [render_sign(word, rng) for word in words], [sign_prompt(word) for word in words]
-    )
+    write_image_folder(tmp_path, [render_sign(word, rng) for word in words], [sign_prompt(word) for word in words])
     broken = tmp_path / "00001.png"
     broken.write_bytes(broken.read_bytes()[:300])
     scores = score_rows(OcrScorer(detector_side=192, threads=1), read_image_folder(tmp_path))

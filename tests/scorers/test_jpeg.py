@@ -38,9 +38,7 @@ def test_known_sizes_of_large_pictures() -> None:
 
 def test_the_two_rewards_are_each_other_negated() -> None:
     images = np.stack([noise(32, 32, 3), np.zeros((32, 32, 3), dtype=np.uint8)])
-    less, more = (
-        scorer.score(images, [PROMPT] * 2) for scorer in (JpegCompressibility(), JpegIncompressibility())
-    )
+    less, more = (scorer.score(images, [PROMPT] * 2) for scorer in (JpegCompressibility(), JpegIncompressibility()))
     np.testing.assert_array_equal(less.value, -more.value)
     np.testing.assert_array_equal(less.details["kilobytes"], more.details["kilobytes"])
     assert less.value[1] > less.value[0]
@@ -77,11 +75,7 @@ def test_self_test_and_version(scorer: Scorer) -> None:
     assert result.passed, result.summary
     import PIL
 
-    assert (
-        scorer.name in scorer.version
-        and f"pillow-{PIL.__version__}" in scorer.version
-        and "q95" in scorer.version
-    )
+    assert scorer.name in scorer.version and f"pillow-{PIL.__version__}" in scorer.version and "q95" in scorer.version
 
 
 def test_the_self_test_notices_another_quality(monkeypatch: pytest.MonkeyPatch) -> None:

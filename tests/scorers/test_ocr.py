@@ -149,9 +149,7 @@ def test_noise_over_a_word_is_read_through(scorer: OcrScorer) -> None:
     np.testing.assert_array_equal(scorer.score(images, [sign_prompt("moon"), sign_prompt("fish")]).value, 1)
 
 
-def test_the_engine_gets_the_channels_in_its_own_order(
-    scorer: OcrScorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engine_gets_the_channels_in_its_own_order(scorer: OcrScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Images] = []
     reader = ocr._Reader(192)
     monkeypatch.setattr(reader, "_engine", seen.append)
@@ -181,9 +179,7 @@ def test_one_at_a_time_equals_a_batch_and_threads_do_not_matter(scorer: OcrScore
         assert list(batch.records) == [s.records[0] for s in single]
 
 
-def test_the_self_test_passes_and_notices_a_blind_engine(
-    monkeypatch: pytest.MonkeyPatch, scorer: OcrScorer
-) -> None:
+def test_the_self_test_passes_and_notices_a_blind_engine(monkeypatch: pytest.MonkeyPatch, scorer: OcrScorer) -> None:
     result = scorer.self_test()
     assert result.passed, result.summary
     reads(monkeypatch, scorer)

@@ -200,17 +200,13 @@ def test_shifted_colours_keep_their_names_and_strangers_get_none(detector):
 
 
 def test_a_light_background_is_as_good_as_a_dark_one(detector):
-    picture = draw_scene(
-        [DrawnObject("cross", "blue", 30, 30, 8)], np.array([230, 230, 225], dtype=np.float32)
-    )
+    picture = draw_scene([DrawnObject("cross", "blue", 30, 30, 8)], np.array([230, 230, 225], dtype=np.float32))
     assert names(detector.detect(picture[None])[0], COUNTING) == [("cross", "blue")]
 
 
 def test_crowded_pictures_are_counted(detector):
     crowd = [
-        DrawnObject(
-            SHAPES[i % 6], list(COLORS)[i % 8], 10.67 + 21.33 * (i % 3), 10.67 + 21.33 * (i // 3), 8.5
-        )
+        DrawnObject(SHAPES[i % 6], list(COLORS)[i % 8], 10.67 + 21.33 * (i % 3), 10.67 + 21.33 * (i // 3), 8.5)
         for i in range(9)
     ]
     found = detector.detect(draw_scene(crowd, DARK)[None])[0]
@@ -219,9 +215,7 @@ def test_crowded_pictures_are_counted(detector):
 
 @pytest.mark.parametrize("size", [32, 48, 100, 128, 512])
 def test_objects_scale_with_the_picture(detector, size):
-    picture = draw_scene(
-        [DrawnObject("triangle", "green", 20, 24, 8), DrawnObject("ring", "pink", 44, 40, 8)], DARK
-    )
+    picture = draw_scene([DrawnObject("triangle", "green", 20, 24, 8), DrawnObject("ring", "pink", 44, 40, 8)], DARK)
     how = cv2.INTER_AREA if size < 64 else cv2.INTER_LINEAR
     found = detector.detect(cv2.resize(picture, (size, size), interpolation=how)[None])[0]
     assert names(found) == [("ring", "pink"), ("triangle", "green")]

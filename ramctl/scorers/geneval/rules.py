@@ -85,19 +85,14 @@ def _known(word: Any, valid: Collection[str] | None, what: str, where: str) -> s
     if not isinstance(word, str) or not word:
         raise DataError(f"{where}: the {what} must be a word, got {word!r}.")
     if valid is not None and word not in valid:
-        hint = (
-            did_you_mean(word, valid)
-            or f" Known: {', '.join(sorted(valid)[:12])}{', …' * (len(valid) > 12)}."
-        )
+        hint = did_you_mean(word, valid) or f" Known: {', '.join(sorted(valid)[:12])}{', …' * (len(valid) > 12)}."
         raise DataError(f"{where}: the detector knows no {what} {word!r}.{hint}")
     return word
 
 
 def _position(value: Any, index: int, where: str) -> tuple[str, int]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise DataError(
-            f'{where}: "position" must be [relation, number of an earlier clause], got {value!r}.'
-        )
+        raise DataError(f'{where}: "position" must be [relation, number of an earlier clause], got {value!r}.')
     relation, target = value
     _known(relation, RELATIONS, "relation", where)
     if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < index:
@@ -143,20 +138,14 @@ def parse_task(
     if not isinstance(tag, str) or not tag:
         raise DataError(f'{where}: "tag" must be a word such as "counting", got {tag!r}.')
     if not isinstance(include, Sequence) or isinstance(include, str) or not include:
-        raise DataError(
-            f'{where}: "include" must list at least one object with class and count, got {include!r}.'
-        )
+        raise DataError(f'{where}: "include" must list at least one object with class and count, got {include!r}.')
     exclude = metadata.get("exclude") or ()
     if not isinstance(exclude, Sequence) or isinstance(exclude, str):
         raise DataError(f'{where}: "exclude" must be a list, got {exclude!r}.')
     return Task(
         tag=tag,
-        include=tuple(
-            _clause(row, i, f"{where}, include[{i}]", class_names, colors) for i, row in enumerate(include)
-        ),
-        exclude=tuple(
-            _clause(row, i, f"{where}, exclude[{i}]", class_names, colors) for i, row in enumerate(exclude)
-        ),
+        include=tuple(_clause(row, i, f"{where}, include[{i}]", class_names, colors) for i, row in enumerate(include)),
+        exclude=tuple(_clause(row, i, f"{where}, exclude[{i}]", class_names, colors) for i, row in enumerate(exclude)),
     )
 
 

@@ -164,15 +164,11 @@ class GenEvalScorer(Scorer):
             if said is not example.strict:
                 wrong.append(f"{example.prompt.text!r}: expected {example.strict}, got {said}")
         right = len(examples) - len(wrong)
-        summary = (
-            f"{right} of {len(examples)} known pictures judged right by the detector {self.detector.name!r}"
-        )
+        summary = f"{right} of {len(examples)} known pictures judged right by the detector {self.detector.name!r}"
         return SelfTest(bool(examples) and not wrong, "; ".join([summary, *wrong[:3]]))
 
     def _task(self, prompt: Prompt, where: str) -> Task:
-        return parse_task(
-            prompt.metadata, where, class_names=self.detector.class_names, colors=self.detector.colors
-        )
+        return parse_task(prompt.metadata, where, class_names=self.detector.class_names, colors=self.detector.colors)
 
     def _detect(self, images: Images) -> list[list[Detection] | str]:
         try:

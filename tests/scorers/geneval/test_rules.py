@@ -248,9 +248,7 @@ def test_unusable_metadata_is_refused_by_name(metadata, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("relation", "target"), [("left of", 1), ("left of", 2), ("left of", -1), ("near", 0)]
-)
+@pytest.mark.parametrize(("relation", "target"), [("left of", 1), ("left of", 2), ("left of", -1), ("near", 0)])
 def test_positions_out_of_range_or_forward_are_refused(relation, target):
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, target]}]
     with pytest.raises(DataError, match=r"include\[1\]"):

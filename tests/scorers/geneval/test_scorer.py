@@ -30,9 +30,7 @@ class ScriptedDetector:
     def detect(self, images):
         if (images == 255).any():
             raise ValueError("white picture")
-        return [
-            [Detection("circle", 0.95, (0.0, 0.0, 8.0, 8.0), "red")] * int(image[0, 0, 0]) for image in images
-        ]
+        return [[Detection("circle", 0.95, (0.0, 0.0, 8.0, 8.0), "red")] * int(image[0, 0, 0]) for image in images]
 
     def examples(self):
         return [
