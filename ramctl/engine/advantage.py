@@ -35,8 +35,8 @@ def group_advantages(
     """A_i = (R_i − mean of its group) / (std of all rewards of the step + ε).
 
     The mean includes the picture itself; the std is pooled over all groups and divides by N, so that nearly equal
-    groups are not blown up. Pictures whose reward failed are left out of both statistics and get advantage 0: their target is
-    then the reference velocity.
+    groups are not blown up. Pictures whose reward failed are left out of both statistics and get advantage 0: their
+    target is then the reference velocity.
 
     Args:
         rewards: [N], any float type; entries marked failed may be NaN.

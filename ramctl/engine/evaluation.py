@@ -1,4 +1,4 @@
-"""Held-out evaluation: pictures for fixed prompts and seeds, scored; shared by the training loop and ``ramctl evaluate``."""
+"""Held-out evaluation: pictures for fixed prompts and seeds, scored. Training and ``ramctl evaluate`` use it."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ class Updater:
     """One optimiser update as a function of nothing, so that a GPU can record it once and replay it.
 
     The networks are so small that launching their kernels one by one takes several times as long as running them. On
-    CUDA each distinct ``loss`` is warmed up, recorded as a CUDA graph together with its backward pass and the update, and
-    replayed; elsewhere it is simply called.
+    CUDA each distinct ``loss`` is warmed up, recorded as a CUDA graph together with its backward pass and the update,
+    and replayed; elsewhere it is simply called.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ def train_transformer(
     compiled: bool = False,
     seconds: float = math.inf,
 ) -> None:
-    """Flow matching on cached latents, transformer and text encoders together; the pipeline ends up with the EMA weights."""
+    """Flow matching on cached latents, transformer and text encoders together; the pipeline gets the EMA weights."""
     modules = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
     parameters = [p for p in modules.parameters() if p.requires_grad]
     updater = Updater(parameters, settings.lr, settings.weight_decay, settings.ema_decay)
