@@ -21,7 +21,7 @@ rollout.micro_batch
 ram.reward_multiplier ram.noisings_per_image ram.updates_per_step ram.time_power ram.stratify_times
 ram.min_time ram.max_time ram.advantage_scale ram.advantage_epsilon ram.advantage_clip ram.old_ema_decay
 ram.old_ema_warmup ram.path_cost ram.path_cost_min_time
-optimizer.lr optimizer.warmup_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
+optimizer.lr optimizer.warmup_steps optimizer.lr_half_life optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.weight_decay optimizer.max_grad_norm
 train.steps train.seed train.micro_batch train.sweep_micro_batch train.gradient_checkpointing train.guard
 evaluation.every evaluation.prompts evaluation.images_per_prompt evaluation.sampling_steps

@@ -61,7 +61,7 @@ def test_show_takes_a_config_file_and_settings(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("show", "geneval-tinny"), "Did you mean 'geneval-tiny'?"),
+        (("show", "geneval-tinny"), "Did you mean 'geneval-tiny'"),
         (("show", "no.toml"), "no.toml does not exist"),
         (("show", "geneval-tiny", "--lrr", "1"), "Did you mean 'optimizer.lr'?"),
         (("show", "geneval-tiny", "--cofnig", "x"), "Unknown option --cofnig. Did you mean --config?"),
