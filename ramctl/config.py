@@ -182,7 +182,9 @@ class TrainSection(Section):
     micro_batch: MicroBatch = Field(default=0, description="Items per gradient pass and process; 0 chooses")
     sweep_micro_batch: MicroBatch = Field(default=0, description="Items per no-gradient pass and process; 0 chooses")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time")
-    guard: bool = Field(default=True, description="Stop when the reward falls far below its best while the drift explodes")
+    guard: bool = Field(
+        default=True, description="Stop when the reward falls far below its best while the drift explodes"
+    )
 
 
 class EvaluationSection(Section):

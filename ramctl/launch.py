@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -46,6 +47,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     The first process owns the terminal. The others' messages are kept aside and shown only if the first one had nothing
     to say itself, so that a mistake of the user's is reported once. When one process fails the rest are ended.
     """
+    from ramctl.runfolder import TYPED_ARGUMENTS
+
+    typed = shlex.join([*arguments, "--num-processes", str(processes)])
     port = _free_port()
     running: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
@@ -58,6 +62,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            TYPED_ARGUMENTS: typed,
         }
         command = [sys.executable, "-m", "ramctl", *arguments]
         if rank == 0:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from ramctl.config import Config
 from ramctl.engine.checkpoint import CONFIG_FILE, write_atomically
 from ramctl.errors import CheckpointError, ConfigError, RunFolderError
 from ramctl.settings import Settings, config_differences, load_settings, settings_toml
+
+#: Environment variable in which a launching process tells its children what the user typed.
+TYPED_ARGUMENTS = "RAMCTL_TYPED_ARGUMENTS"
 
 #: Keys that may change between a run and its resumption: they do not change the experiment.
 FREE_TO_CHANGE = (
@@ -46,6 +50,24 @@ def numbered(folder: Path) -> Path:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def resume_command(folder: Path) -> str:
+    """The command line that resumes the run in ``folder``: the one that was typed.
+
+    ``--fresh`` is left out, which takes the new folder's name in its place.
+    """
+    rest = shlex.split(os.environ[TYPED_ARGUMENTS]) if TYPED_ARGUMENTS in os.environ else sys.argv[1:]
+    if "--fresh" not in rest:
+        return shlex.join(["ramctl", *rest])
+    kept: list[str] = []
+    while rest:
+        word, *rest = rest
+        if word == "--output":
+            rest = rest[1:]
+        elif word != "--fresh" and not word.startswith("--output="):
+            kept.append(word)
+    return shlex.join(["ramctl", *kept, "--output", str(folder)])
 
 
 class RunFolder:
@@ -98,7 +120,7 @@ class RunFolder:
             return
         if not config_file.is_file():
             raise RunFolderError(
-                f"Folder {self.path} is not empty and no run folder (no {CONFIG_FILE}). Choose another with --output."
+                f"Folder {self.path} is not empty and is no run folder (no {CONFIG_FILE}). Choose one with --output."
             )
         owner = load_settings(str(config_file)).config.name
         if owner != config.name:

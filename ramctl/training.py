@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,7 +33,7 @@ from ramctl.observer import Observer, SilentObserver
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag
 from ramctl.report import Comparison, ConfigRow, Report, write_report
 from ramctl.resources import find_resource
-from ramctl.runfolder import RunFolder, numbered, require_checkpoint
+from ramctl.runfolder import RunFolder, numbered, require_checkpoint, resume_command
 from ramctl.scorers.composite import Reward, Term
 from ramctl.scorers.registry import create
 from ramctl.settings import Settings
@@ -162,7 +161,6 @@ class Run:
         self.seconds_before = 0.0
         self.began = datetime.now(UTC)
         self.started = time.perf_counter()
-        self.started_at = datetime.now(UTC)
         self.best_value = -np.inf
         self.config_text = ""
 
@@ -388,18 +386,12 @@ class Run:
                 config=config_rows(self.settings),
                 versions=versions(),
                 commands={
-                    "Resume": _command_line(),
+                    "Resume": resume_command(folder),
                     "Evaluate": shlex.join(["ramctl", "evaluate", f"{folder}/latest"]),
                     "Sample": shlex.join(["ramctl", "sample", f"{folder}/latest", "--compare-base"]),
                 },
             ),
         )
-
-
-def _command_line() -> str:
-    """The command that resumes this run: the one that was typed, without ``--fresh``."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-    return shlex.join(["ramctl", *arguments]) if arguments else "ramctl train"
 
 
 def config_rows(settings: Settings) -> list[ConfigRow]:

@@ -125,7 +125,7 @@ class TestExtends:
     @pytest.mark.parametrize(
         ("base", "words"),
         [
-            ('"geneval-tinny"', "Did you mean 'geneval-tiny'?"),
+            ('"geneval-tinny"', "Did you mean 'geneval-tiny'"),
             ('"./no.toml"', "no.toml does not exist"),
             ("3", "extends must be the name of one preset, got 3"),
             ('["geneval-tiny"]', "extends must be the name of one preset"),
@@ -142,7 +142,7 @@ class TestExtends:
 class TestFiles:
     def test_unknown_preset_lists_the_near_and_all(self) -> None:
         text = complaint("geneval-tinny")
-        assert text.startswith("There is no preset 'geneval-tinny'. Did you mean 'geneval-tiny'?")
+        assert text.startswith("There is no preset 'geneval-tinny'. Did you mean 'geneval-tiny'")
         assert "The presets are geneval-tiny" in text
 
     def test_option_in_the_place_of_the_preset(self) -> None:

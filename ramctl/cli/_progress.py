@@ -42,6 +42,8 @@ class TrainingProgress:
         self._phase: TaskID | None = None
         self._began = time.monotonic()
         self._first_step = 0
+        #: where the run is, once it has begun.
+        self.folder: Path | None = None
 
     def __enter__(self) -> TrainingProgress:
         self._bars.start()
@@ -59,6 +61,7 @@ class TrainingProgress:
     def started(self, step: int, steps: int, folder: Path) -> None:
         """The loop begins."""
         say(f"Training in {folder}: steps {step + 1} to {steps}" if step < steps else f"{folder} is complete")
+        self.folder = folder
         self._first_step, self._began = step, time.monotonic()
         self._steps = self._bars.add_task("step", total=steps, completed=step, info="")
         self._phase = self._bars.add_task("", total=1, info="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,22 +73,26 @@ def _without_processes(arguments: Sequence[str]) -> list[str]:
 
 def _run(settings: Settings, output: Path | None, *, fresh: bool) -> None:
     from ramctl.cli._progress import TrainingProgress
+    from ramctl.runfolder import resume_command
     from ramctl.training import train as run_training
 
     is_main = int(os.environ.get("RANK", "0")) == 0
+    progress = TrainingProgress()
     try:
-        with TrainingProgress() as progress:
+        with progress:
             outcome = run_training(settings, output=output, fresh=fresh, observer=progress)
     except KeyboardInterrupt:
-        if is_main:
-            again = [word for word in sys.argv[1:] if word != "--fresh"]
-            say(f"Interrupted. The last checkpoint is intact; resume with: ramctl {shlex.join(again)}")
+        if is_main and progress.folder is not None:
+            say(f"The last checkpoint is intact; resume with: {resume_command(progress.folder)}")
         raise
     if is_main:
         _show(outcome)
     if outcome.status == "stopped":
         best = f" The best checkpoint is {outcome.best}." if outcome.best else ""
-        raise RamctlError(f"Stopped at step {outcome.step}: {outcome.reason}.{best}")
+        raise RamctlError(
+            f"Stopped at step {outcome.step}: {outcome.reason}.{best} "
+            "Lower optimizer.lr or ram.reward_multiplier and start over with --fresh."
+        )
 
 
 def _show(outcome: Outcome) -> None:
