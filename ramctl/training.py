@@ -228,9 +228,9 @@ class Run:
             self.store.sweep_leftovers()
             path, problems = self.store.newest_intact()
         path, problems = self.world.broadcast((path, problems))
+        require_checkpoint(path, problems)
         for problem in problems:
             self.observer.note(f"Damaged checkpoint left aside: {problem}")
-        require_checkpoint(path, problems)
         if path is not None:
             self.folder.check_same_experiment(path, self.settings)
         return path

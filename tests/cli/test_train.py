@@ -81,7 +81,7 @@ def test_the_processes_of_a_run_get_the_same_command_less_their_number() -> None
     [
         (["--optimizer.lrr", "1e-4"], ["Unknown key", "'optimizer.lrr'", "optimizer.lr"]),
         (["--reward-multiplyer", "3"], ["Unknown key", "reward_multiplier"]),
-        (["--optimizer.lr", "fast"], ["optimizer.lr must be", "'fast'"]),
+        (["--optimizer.lr", "fast"], ["optimizer.lr must be", '"fast"']),
         (["--train.steps", "2.5"], ["train.steps must be", "2.5"]),
         (["--rollout.images-per-prompt", "1"], ["rollout.images_per_prompt must be", "2", "got 1"]),
         (["--noisings-per-image", "0"], ["ram.noisings_per_image must be", "got 0"]),
@@ -434,9 +434,10 @@ def test_a_killed_run_resumed_by_the_same_command_is_the_uninterrupted_run(tiny_
 def test_one_process_and_two_are_the_same_run(tiny_preset: Path, tmp_path: Path) -> None:
     """3 prompts × 3 pictures: the first process has 4 of the 9, so the second prompt's group is split.
 
-    Sums in another order differ by rounding, and Adam turns a rounding error of a gradient near zero into a step; with
-    ε = 1e-3 a difference of 1e-6 of a gradient moves a weight by 1e-3 of the learning rate at most. Weights must agree
-    to 1e-5 (they move by about 1e-2), metrics to 1e-4.
+    What may differ is the order of the gradient's sum. Adam turns a rounding error of a gradient near zero into a step
+    of the learning rate; with ε = 1e-3 the weights, which move by about 2e-2, must agree to 1e-5 and metrics to 1e-4.
+    Micro-batches of one keep a picture's arithmetic the same wherever it is drawn: in a batch of another size a pixel
+    can round to the next grey level, and the JPEG's size, which is the reward, jumps by a byte.
     """
     options = (
         *(
@@ -510,7 +511,7 @@ def test_an_interrupt_exits_130_says_how_to_resume_and_the_resumption_works(
     assert ("--num-processes 2" in advice) == (processes == 2)
     assert "interrupted" in (run / "report.html").read_text()
     done = int(find_checkpoint(run / "latest").name.removeprefix("step-"))
-    assert done >= 2
+    assert done >= 1  # the signal may have come while step 2 was being saved
     error = finish(command(tiny_preset, run, *options[2:], "--train.steps", str(done + 1)))
     assert f"(step {done})" in error
     assert f"step {done + 1}/{done + 1}" in error
