@@ -198,7 +198,9 @@ def test_a_folder_in_use_names_the_other_process(ramctl: Ramctl, tmp_path: Path)
 # -- a run
 
 
-def test_a_run_its_results_its_resumption_and_fresh(ramctl: Ramctl, tmp_path: Path) -> None:
+def test_a_run_its_results_its_resumption_and_fresh(
+    ramctl: Ramctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, error = ramctl("--output", "run", "--checkpoint.every", "1")
     assert code == 0, error
     results = dict(line.removeprefix("RESULT ").split("=", 1) for line in out.splitlines())
@@ -213,6 +215,10 @@ def test_a_run_its_results_its_resumption_and_fresh(ramctl: Ramctl, tmp_path: Pa
     assert "held-out after step 0" in error
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
     assert "tiny-test" in (tmp_path / "run" / "report.html").read_text()
+
+    # The report takes most of the time of so short a run; from here on it is left out.
+    no_report = monkeypatch.context()
+    no_report.__enter__().setattr("ramctl.training.write_report", lambda *arguments: None)
 
     # config.toml is a preset again, and gives the same configuration.
     settings = load_settings(str(tmp_path / "run" / "config.toml"))
@@ -253,6 +259,7 @@ def test_a_run_its_results_its_resumption_and_fresh(ramctl: Ramctl, tmp_path: Pa
     assert "No intact checkpoint to resume from" in one_line(error)
     assert "--fresh" in error
     assert out == ""
+    no_report.__exit__(None, None, None)
     code, out, error = ramctl("--output", "run", "--fresh", "--prompts.evaluation", "none")
     assert code == 0
     assert "RESULT checkpoint=run-2/latest" in out
@@ -434,51 +441,28 @@ def test_a_killed_run_resumed_by_the_same_command_is_the_uninterrupted_run(tiny_
 def test_one_process_and_two_are_the_same_run(tiny_preset: Path, tmp_path: Path) -> None:
     """3 prompts × 3 pictures: the first process has 4 of the 9, so the second prompt's group is split.
 
-    What may differ is the order of the gradient's sum. Adam turns a rounding error of a gradient near zero into a step
-    of the learning rate; with ε = 1e-3 the weights, which move by about 2e-2, must agree to 1e-5 and metrics to 1e-4.
-    Micro-batches of one keep a picture's arithmetic the same wherever it is drawn: in a batch of another size a pixel
-    can round to the next grey level, and the JPEG's size, which is the reward, jumps by a byte.
+    What may differ is the order of sums, in batches and over processes. Adam turns a rounding error of a gradient near
+    zero into a step of the learning rate; with ε = 1e-3 the weights, which move by more than 1e-2, must agree to 1e-6
+    and metrics to 1e-4. The reward is GenEval's, which a pixel rounded to the next grey level does not change; the size
+    of a JPEG would jump by a byte.
     """
-    options = (
-        *(
-            "--train.steps",
-            "3",
-            "--prompts-per-step",
-            "3",
-            "--rollout.images-per-prompt",
-            "3",
-            "--noisings-per-image",
-            "2",
-        ),
-        *(
-            "--optimizer.epsilon",
-            "1e-3",
-            "--optimizer.lr",
-            "1e-2",
-            "--evaluation.prompts",
-            "5",
-            "--checkpoint.every",
-            "1",
-        ),
-    )
-    finish(command(tiny_preset, tmp_path / "one", *options))
-    error = finish(command(tiny_preset, tmp_path / "two", *options, "--num-processes", "2"))
+    preset = tmp_path / "counted.toml"
+    preset.write_text(tiny_preset.read_text().replace("jpeg-compressibility", "geneval"))
+    options = [
+        *("--prompts-per-step=3", "--rollout.images-per-prompt=3", "--noisings-per-image=2", "--evaluation.prompts=5"),
+        *("--optimizer.epsilon=1e-3", "--optimizer.lr=1e-2", "--checkpoint.every=1", "--train.steps=3"),
+        *("--rollout.sampling-steps=8", "--evaluation.sampling-steps=8"),
+    ]
+    finish(command(preset, tmp_path / "one", *options))
+    error = finish(command(preset, tmp_path / "two", *options, "--num-processes", "2"))
     assert error.count("step 3/3") == 1
     ours, theirs = weights(tmp_path / "two" / "latest"), weights(tmp_path / "one" / "latest")
     assert ours.keys() == theirs.keys()
-    moved = [
-        float(
-            (value - load_file(tmp_path / "one" / "step-000001" / name.split("/")[0])[name.split("/", 1)[1]])
-            .abs()
-            .max()
-        )
-        for name, value in theirs.items()
-        if name.startswith("policy") and "lora_B" in name
-    ]
-    assert max(moved) > 5e-3
+    assert max(float(v.abs().max()) for k, v in theirs.items() if k.startswith("policy") and "lora_B" in k) > 1e-2
+    assert all(row["advantage/abs_mean"] > 0.1 for row in metrics(tmp_path / "one"))
     for name, value in theirs.items():
         if not name.startswith("optimizer"):
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6, msg=name)
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         one, two = metrics(tmp_path / "one", name), metrics(tmp_path / "two", name)
         assert len(one) == len(two) >= 2
@@ -486,7 +470,7 @@ def test_one_process_and_two_are_the_same_run(tiny_preset: Path, tmp_path: Path)
             assert left.keys() == right.keys()
             assert right == pytest.approx(left, rel=1e-4, abs=1e-6)
     # A run begun with two processes may be resumed with one.
-    error = finish(command(tiny_preset, tmp_path / "two", *options[:1], "4", *options[2:]))
+    error = finish(command(preset, tmp_path / "two", *options, "--train.steps", "4"))
     assert "(step 3)" in error
 
 
