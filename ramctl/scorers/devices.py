@@ -1,0 +1,31 @@
+"""Where a scorer's networks run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ramctl.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def scorer_device(option: str) -> torch.device:
+    """The device an option names: ``auto`` (this process's GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: another word, or a GPU that is not there.
+    """
+    import torch
+
+    if option == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(option)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"A scorer's device is {option!r}; it must be auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"A scorer's device is {option!r}, but this machine has {torch.cuda.device_count()} GPUs.")
+    return device
