@@ -36,6 +36,11 @@ class ModelSection(Section):
         default=True, description="Load the third (T5) text encoder; without it no zero padding is computed"
     )
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = Field(default=256, description="T5 tokens per prompt")
+    text_encoders: Literal["auto", "resident", "parked"] = Field(
+        default="auto",
+        description="parked keeps them in main memory and brings them to the GPU while prompts are embedded; auto does "
+        "so on a GPU with less than 60 GB",
+    )
 
 
 class LoraSection(Section):
@@ -104,7 +109,10 @@ class RolloutSection(Section):
 
     prompts_per_step: Positive = Field(default=48, description="Different prompts per step, over all processes")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(default=24, description="Group size: pictures per prompt")
-    sampling_steps: Positive = Field(default=20, description="Euler steps")
+    sampling_steps: Positive = Field(default=20, description="Steps of the sampler")
+    sampler: Literal["euler", "dpm2m"] = Field(
+        default="euler", description="Solver: euler (the paper's), or dpm2m, second order, for fewer steps"
+    )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         default=2.0, description="Classifier-free guidance of the rollouts; 1 is none"
     )
@@ -197,7 +205,8 @@ class EvaluationSection(Section):
         default=0, description="Held-out prompts used, spread over the tags; 0 takes all"
     )
     images_per_prompt: Positive = Field(default=1, description="Pictures per held-out prompt")
-    sampling_steps: Positive = Field(default=40, description="Euler steps")
+    sampling_steps: Positive = Field(default=40, description="Steps of the sampler")
+    sampler: Literal["euler", "dpm2m"] = Field(default="euler", description="Solver, as rollout.sampler")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(default=4.5, description="Classifier-free guidance")
     negative_prompt: str = Field(default="", description="Negative prompt of the guided pass")
     seed: Annotated[int, Field(ge=0)] = Field(default=1234, description="Seed of the evaluation's noise")

@@ -296,7 +296,7 @@ def _parameters(skeleton: Skeleton) -> Parameters:
 def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatches, device: torch.device) -> Memory:
     from ramctl.plan_memory import trace_passes
 
-    resident = _resident(config, skeleton, sizes, device.type)
+    resident = _resident(config, skeleton, sizes, device)
     assert batches.sampling and batches.sweep and batches.training
     passes = trace_passes(
         skeleton,
@@ -307,7 +307,10 @@ def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatc
     one_set = sizes.items_per_process * math.prod(skeleton.backbone.latent_shape) * _FLOAT32
     stored = (4 if config.ram.path_cost else 2) * one_set
     base = sum(resident.values())
+    # Parked encoders are there while the step's prompts are embedded, and nothing else is.
+    parked = _encoder_bytes(skeleton) - resident["text encoders"]
     phases = {
+        "embed": base - resident["endpoints"] + parked,
         "sample": base + passes.sampling,
         "decode": base + passes.decoding,
         "sweep": base + passes.sweep + stored + one_set,
@@ -318,8 +321,15 @@ def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatc
     return Memory(resident, phases, _free_memory(device), sharers)
 
 
-def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: str) -> dict[str, int]:
+def _encoder_bytes(skeleton: Skeleton) -> int:
+    from ramctl.plan_memory import tensor_bytes
+
+    return sum(tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders)
+
+
+def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.device) -> dict[str, int]:
     """Bytes that stay through a whole step, by part."""
+    from ramctl.backbones.sd3 import parks_encoders
     from ramctl.plan_memory import DTYPES, tensor_bytes
 
     policy, text = skeleton.policy, skeleton.text
@@ -332,7 +342,7 @@ def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: str) -> 
         "live network": tensor_bytes(p for p in policy.live.parameters() if not p.requires_grad),
         "frozen network": tensor_bytes(policy.frozen.parameters()),
         "base values": tensor_bytes(policy._base.values()),
-        "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders),
+        "text encoders": 0 if parks_encoders(config.model, device) else _encoder_bytes(skeleton),
         "autoencoder": tensor_bytes(skeleton.vae.parameters()),
         "policy weights": trained,
         "gradients": trained,
@@ -340,7 +350,7 @@ def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: str) -> 
         "old and evaluation weights": 2 * trained,
         "text embeddings": prompts * embedding,
         "endpoints": sizes.images_per_process * endpoint,
-        "libraries": _LIBRARIES[device],
+        "libraries": _LIBRARIES[device.type],
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ramctl.config import LoraSection, ModelSection
 from ramctl.engine.path import GaussianPath
+from ramctl.engine.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,17 @@ class Backbone(ABC):
         steps: int,
         guidance_scale: float,
         negative: TextEmbeddings | None = None,
+        sampler: Sampler = "euler",
     ) -> Tensor:
         """Integrate the probability-flow ODE from noise x1 to endpoints x_0 [N, C, h, w], without gradient.
 
         Args:
             network: the transformer to use.
             text: N embeddings; x1: float32 [N, C, h, w].
-            steps: Euler steps.
+            steps: steps of the solver, each one guided velocity.
             guidance_scale: classifier-free guidance; 1 skips the second pass.
             negative: one embedding for the unconditional pass; the empty prompt by default.
+            sampler: the solver (:mod:`ramctl.engine.samplers`).
         """
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
+from ramctl.backbones.parking import ParkedNetworks
 from ramctl.config import LoraSection, ModelSection
-from ramctl.engine.path import LinearPath, shifted_sigmas
+from ramctl.engine.path import LinearPath, evenly_shifted_sigmas, shifted_sigmas
+from ramctl.engine.samplers import Sampler, integrate
 from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError
 from ramctl.resources import find_resource
 
@@ -28,6 +29,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PREFIX = "transformer."
 _PLAIN_ATTENTION_TOKENS = 128
 _PROMPTS_AT_ONCE = 64  # a T5 takes gigabytes for more
+#: Pixels decoded at once: eight pictures of 512x512 take some 3 GB and already fill a GPU.
+_PIXELS_AT_ONCE = 8 * 512**2
+#: A card with less memory has its text encoders parked (T5 takes 9.5 GB in bfloat16).
+_ROOMY_CARD = 60e9
+
+
+def parks_encoders(spec: ModelSection, device: torch.device) -> bool:
+    """Whether the text encoders are kept in main memory (``model.text_encoders``)."""
+    if device.type != "cuda" or spec.text_encoders == "resident":
+        return False
+    if spec.text_encoders == "parked":
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(device).total_memory < _ROOMY_CARD
 
 
 @contextlib.contextmanager
@@ -107,9 +121,18 @@ class StableDiffusion3(Backbone):
         self.spec = spec
         self._autocast_dtype = autocast
         self._pipeline = pipeline
-        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3, pipeline.vae):
-            if part is not None:
-                part.requires_grad_(False).eval().to(device)
+        encoders = [
+            part.requires_grad_(False).eval()
+            for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+            if part is not None
+        ]
+        self._parked: ParkedNetworks | None = None
+        if parks_encoders(spec, device):
+            self._parked = ParkedNetworks(encoders, device)
+        else:
+            for encoder in encoders:
+                encoder.to(device)
+        pipeline.vae.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
         shape: Any = pipeline.transformer.config
         pipeline.vae.to(memory_format=torch.channels_last)
@@ -137,10 +160,11 @@ class StableDiffusion3(Backbone):
 
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """Embeddings as the pipeline computes them; without a T5, no zero tokens are appended in its place."""
-        parts = [
-            self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
-            for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
-        ]
+        with self._parked.at_work() if self._parked is not None else contextlib.nullcontext():
+            parts = [
+                self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
+                for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
+            ]
         return functools.reduce(TextEmbeddings.joined, parts)
 
     @torch.no_grad()
@@ -191,36 +215,42 @@ class StableDiffusion3(Backbone):
         steps: int,
         guidance_scale: float,
         negative: TextEmbeddings | None = None,
+        sampler: Sampler = "euler",
     ) -> Tensor:
-        """Flow-matching Euler on the scheduler's shifted grid, as the diffusers pipeline computes it."""
-        sigmas = shifted_sigmas(steps, self._shift).to(x1.device, torch.float32)
+        """``euler`` is flow matching on the scheduler's shifted grid, as the diffusers pipeline computes it."""
+        grid = shifted_sigmas if sampler == "euler" else evenly_shifted_sigmas
+        sigmas = grid(steps, self._shift).to(x1.device, torch.float32)
         guided = guidance_scale != 1.0
         if guided:
             if negative is None:
                 self._empty = self._empty or self.encode([""])
                 negative = self._empty
             both = negative.select(torch.zeros(len(text), dtype=torch.long, device=x1.device)).joined(text)
-        x = x1
-        for sigma, following in itertools.pairwise(sigmas):
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             t = sigma.expand(len(x))
-            if guided:
-                unconditional, conditional = self.velocity(network, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-                v = unconditional + guidance_scale * (conditional - unconditional)
-            else:
-                v = self.velocity(network, x, t, text)
-            x = x + (following - sigma) * v
-        return x
+            if not guided:
+                return self.velocity(network, x, t, text)
+            unconditional, conditional = self.velocity(network, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            return unconditional + guidance_scale * (conditional - unconditional)
+
+        return integrate(velocity, x1, sigmas, sampler)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """VAE decoding, clamping, and one rounding to uint8 [N, H, W, 3] on the CPU."""
+        """VAE decoding, clamping, and one rounding to uint8 [N, H, W, 3] on the CPU; a few pictures at a time."""
+        at_once = max(1, _PIXELS_AT_ONCE // self.spec.resolution**2)
+        parts = [self._decode(part) for part in torch.split(latents, at_once)]
+        return torch.cat(parts).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
         vae = self._pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         with self._autocast():
             pictures = vae.decode(scaled.to(memory_format=torch.channels_last), return_dict=False)[0]
         unit = (pictures.float() / 2 + 0.5).clamp(0, 1)
         rounded: Tensor = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return rounded.contiguous().cpu()
+        return rounded.contiguous()
 
     def enable_gradient_checkpointing(self, network: nn.Module) -> None:
         """As diffusers models do it: every block is recomputed in the backward pass."""

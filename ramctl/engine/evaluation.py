@@ -67,6 +67,7 @@ def evaluate(
             steps=settings.sampling_steps,
             guidance_scale=settings.guidance_scale,
             negative_prompt=settings.negative_prompt,
+            sampler=settings.sampler,
             micro_batch=micro_batch,
             progress=progress,
         ).images

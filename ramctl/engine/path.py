@@ -208,3 +208,13 @@ def shifted_sigmas(steps: int, shift: float, train_timesteps: int = 1000) -> Ten
     smallest = shifted(torch.tensor(1.0 / train_timesteps, dtype=torch.float64))
     grid = torch.linspace(1.0, float(smallest), steps, dtype=torch.float64)
     return torch.cat([shifted(grid), torch.zeros(1, dtype=torch.float64)])
+
+
+def evenly_shifted_sigmas(steps: int, shift: float) -> Tensor:
+    """Times evenly spaced from 1 to 0, then shifted; float64 [steps + 1].
+
+    The grid for second-order solvers: that of :func:`shifted_sigmas` ends with a last tiny time (.0089), a leap in
+    log(signal/noise) over which they would extrapolate.
+    """
+    even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    return shift * even / (1 + (shift - 1) * even)

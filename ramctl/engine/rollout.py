@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
 from ramctl.engine.randomness import keyed_normal
+from ramctl.engine.samplers import Sampler
 
 #: called with the number of pictures just finished.
 Progress = Callable[[int], None]
@@ -56,6 +57,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     negative_prompt: str = "",
+    sampler: Sampler = "euler",
     micro_batch: int = 0,
     progress: Progress | None = None,
 ) -> Endpoints:
@@ -83,6 +85,7 @@ def generate(
             steps=steps,
             guidance_scale=guidance_scale,
             negative=negative,
+            sampler=sampler,
         )
         latents.append(x0)
         images.append(backbone.decode(x0).numpy())

@@ -178,6 +178,7 @@ class Trainer:
             [keyed_seed(config.train.seed, "endpoint", self.step_index, i) for i in share],
             steps=config.rollout.sampling_steps,
             guidance_scale=config.rollout.guidance_scale,
+            sampler=config.rollout.sampler,
             micro_batch=config.rollout.micro_batch,
             progress=progress,
         )
