@@ -96,6 +96,9 @@ class RewardSection(Section):
     max_failed_share: Share = Field(
         default=0.1, description="Stop when a larger share of a step's pictures cannot be scored"
     )
+    self_test: bool = Field(
+        default=True, description="Before training, let each scorer judge pictures with known answers"
+    )
 
     @model_validator(mode="after")
     def _some(self) -> RewardSection:

@@ -50,6 +50,10 @@ class DivergedError(RamctlError):
     """Training went wrong: non-finite numbers, or the reward collapsed while the policy drifted away."""
 
 
+class OutOfMemoryError(RamctlError):
+    """A pass does not fit into the GPU's memory, not even with half its micro-batch."""
+
+
 def did_you_mean(wrong: str, valid: Iterable[str], *, limit: int = 3) -> str:
     """`` Did you mean 'a' or 'b'?`` for the names nearest to ``wrong``, or an empty string when none is near."""
     near = difflib.get_close_matches(wrong, list(valid), n=limit, cutoff=0.5)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ramctl.config import Config
 from ramctl.errors import DataError, RamctlError
-from ramctl.resources import find_resource
+from ramctl.resources import download_command, find_model, find_resource
 
 if TYPE_CHECKING:
     import torch
@@ -251,7 +251,7 @@ def _forwards(config: Config) -> Forwards:
 
 
 def _micro_batches(config: Config, sizes: Sizes, skeleton: Skeleton | None, device: torch.device) -> MicroBatches:
-    from ramctl.engine.rollout import auto_micro_batch
+    from ramctl.engine.micro_batch import auto_micro_batch
 
     def size(given: int, most: int, *, training: bool) -> int | None:
         if not given:
@@ -379,7 +379,7 @@ def _disk(config: Config, parameters: Parameters) -> Disk:
 def _model_source(config: Config) -> tuple[Path | None, FileSource]:
     """The model's folder where its configurations are at hand, and where its weights would come from."""
     path, name = config.model.path, f"model {config.model.path}"
-    folder = find_resource(path)
+    folder = find_model(path, with_t5=config.model.use_t5)
     if (folder / "model_index.json").is_file():
         absent = _absent_weights(folder, config)
         if absent:
@@ -400,10 +400,11 @@ def _hub_source(config: Config, name: str) -> tuple[Path | None, FileSource]:
     folder = Path(index).parent if isinstance(index, str) else None
     if folder is not None and not _absent_weights(folder, config):
         return folder, FileSource(name, "found", str(folder))
+    fetch = download_command(path) or f"hf download {path}"
     if constants.HF_HUB_OFFLINE:
-        detail = f"not in the cache, and HF_HUB_OFFLINE is set; with a network run: hf download {path}"
+        detail = f"not in the cache, and HF_HUB_OFFLINE is set; with a network run: {fetch}"
         return folder, FileSource(name, "missing", detail)
-    detail = f"from the Hugging Face hub when the run starts, or now with: hf download {path}"
+    detail = f"from the Hugging Face hub when the run starts, or now with: {fetch}"
     return folder, FileSource(name, "download", detail)
 
 

@@ -1,4 +1,4 @@
-"""Where the files that travel with ramctl are: presets, prompt sets, the embedded model.
+"""Where the files that travel with ramctl are (presets, prompt sets, the embedded model), and those it downloads.
 
 In a checkout they are the top-level folders; in an installed wheel they lie in ``ramctl/_data``.
 """
@@ -12,6 +12,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 Kind = Literal["presets", "prompts", "models"]
 
+#: First part of a path below the store of downloaded files.
+DOWNLOADED = "weights"
+
 
 def resource_dir(kind: Kind) -> Path:
     """The folder of the shipped ``kind``; a checkout's own folder comes before the installed copy."""
@@ -24,7 +27,8 @@ def resource_dir(kind: Kind) -> Path:
 def find_resource(path: str | Path, *, relative_to: Path | None = None) -> Path:
     """Resolve a path named in a preset: as given, else beside ``relative_to``, else among the shipped folders.
 
-    ``prompts/geneval-tiny/train.jsonl`` and ``models/tinyworld`` therefore work from any working directory.
+    ``prompts/geneval-tiny/train.jsonl`` and ``models/tinyworld`` therefore work from any working directory, and
+    ``weights/pickapic/train.txt`` is what ``ramctl download-weights pickapic`` has fetched, wherever that lies.
     The path is returned unresolved (as given) when nothing exists there, so that the caller can name it.
     """
     given = Path(path).expanduser()
@@ -35,4 +39,29 @@ def find_resource(path: str | Path, *, relative_to: Path | None = None) -> Path:
         if given.parts and given.parts[0] in ("presets", "prompts", "models"):
             kind: Kind = given.parts[0]  # type: ignore[assignment]
             candidates.append(resource_dir(kind).joinpath(*given.parts[1:]))
+        if given.parts and given.parts[0] == DOWNLOADED:
+            from ramctl.weights import weights_root
+
+            candidates.append(weights_root().joinpath(*given.parts[1:]))
     return next((candidate for candidate in candidates if candidate.exists()), given)
+
+
+def find_model(path: str, *, with_t5: bool = False) -> Path:
+    """Where a model named in a preset lies: a folder, or what ``ramctl download-weights`` has fetched of that hub id.
+
+    The path is returned as given when neither is there (or the download lacks its T5 and ``with_t5`` asks for it).
+    """
+    from ramctl.weights import local_repository
+
+    folder = find_resource(path)
+    return folder if folder.exists() else local_repository(path, ("t5",) if with_t5 else ()) or folder
+
+
+def download_command(path: str) -> str | None:
+    """The command that fetches a hub model into the store, where the manifest knows that model."""
+    from ramctl.weights import load_manifest
+
+    for entry in load_manifest().values():
+        if entry.repo == path:
+            return f"ramctl download-weights {entry.name}"
+    return None

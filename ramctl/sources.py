@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ramctl.config import Config, EvaluationSection, ModelSection, RuntimeSection
 from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError, did_you_mean
-from ramctl.resources import find_resource
+from ramctl.resources import find_model, find_resource
 from ramctl.settings import list_presets, load_settings
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def open_source(
 
 def weight_hashes(model: ModelSection) -> dict[str, str]:
     """SHA-256 of each weight file of a model's parts, by path inside its folder."""
-    folder = find_resource(model.path)
+    folder = find_model(model.path, with_t5=model.use_t5)
     if not (folder / _INDEX).is_file():
         from huggingface_hub import snapshot_download
 
@@ -273,7 +273,7 @@ def _preset_of(path: str) -> Config | None:
 
 
 def _same_model(one: str, other: str) -> bool:
-    return one == other or find_resource(one).resolve() == find_resource(other).resolve()
+    return one == other or find_model(one).resolve() == find_model(other).resolve()
 
 
 def model_section(path: str) -> ModelSection:
@@ -294,7 +294,7 @@ def model_section(path: str) -> ModelSection:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not a Stable Diffusion 3 model folder ({error}).") from error
     has_t5 = bool((index.get("text_encoder_3") or [None])[0])
-    return ModelSection(path=path, resolution=side, use_t5=has_t5 and not _is_null_t5(find_resource(path)))
+    return ModelSection(path=path, resolution=side, use_t5=has_t5 and not _is_null_t5(find_model(path)))
 
 
 def _is_null_t5(folder: Path) -> bool:
@@ -313,7 +313,7 @@ def _is_null_t5(folder: Path) -> bool:
 
 def _part_file(path: str, name: str) -> Path:
     """A small file of a model: in its folder, else from the hub's cache or the hub."""
-    folder = find_resource(path)
+    folder = find_model(path)
     if folder.is_dir():
         if not (folder / name).is_file():
             raise ConfigError(f"Model folder {folder} is not complete: {folder / name} is missing.")

@@ -162,6 +162,7 @@ class Run:
         self.began = datetime.now(UTC)
         self.started = time.perf_counter()
         self.best_value = -np.inf
+        self.constant: set[str] = set()
         self.config_text = ""
 
     # -- set-up -----------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class Run:
         reward = make_reward(config)
         _check_prompts(reward, config.prompts.train, train_prompts)
         _check_prompts(reward, config.prompts.evaluation or "", held_out)
-        if self.world.is_main:
+        if self.world.is_main and config.reward.self_test:
             self.observer.note(f"Checking the scorers {', '.join(reward.names)} on pictures with known answers")
             reward.self_test()
         checkpoint = self._find_checkpoint()
@@ -286,6 +287,7 @@ class Run:
     def _record(self, result: StepResult) -> str | None:
         """Write a step's metrics; the guard's reason to stop, if it has one (the same on every process)."""
         metrics = dict(result.metrics)
+        self._warn_of_constant_rewards(metrics)
         reason = self.guard.update(metrics["reward/mean"], metrics["drift"])
         metrics.update(self._image_metrics(result.images))
         if self.world.is_main:
@@ -293,6 +295,19 @@ class Run:
             self.tracker.log(int(metrics["step"]), metrics)
             self.observer.step(metrics, self.config.train.steps)
         return reason if self.config.train.guard else None
+
+    def _warn_of_constant_rewards(self, metrics: dict[str, float]) -> None:
+        """A scorer with one value for all of a step's pictures teaches nothing, and is often broken."""
+        own = {k: v for k, v in metrics.items() if k.startswith("score/") and k.endswith("/std")}
+        stds = {"the reward": metrics["reward/std"]}
+        stds |= {k.removeprefix("score/").removesuffix("/std"): v for k, v in own.items()}
+        constant = {name for name, std in stds.items() if std == 0}
+        for name in sorted(constant - self.constant):
+            self.observer.note(
+                f"Step {int(metrics['step'])}: {name} was the same for all {self.config.images_per_step} pictures, so it "
+                "taught nothing. If the pictures differ, look whether the scorer works: ramctl doctor."
+            )
+        self.constant = constant
 
     def _image_metrics(self, images: NDArray[np.uint8]) -> dict[str, float]:
         """Image statistics over the pictures of all processes."""

@@ -352,6 +352,19 @@ def test_a_few_failed_pictures_are_counted_and_the_run_goes_on(
 
 
 @pytest.mark.usefixtures("plain_report")
+def test_a_scorer_with_one_value_for_all_pictures_is_told_of_once(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JpegCompressibility, "score_image", lambda self, image, prompt: ImageScore(0.1))
+    listener = Listener()
+    options = ("train.steps", "2"), ("prompts.evaluation", "none"), ("reward.self_test", "false")
+    start(tmp_path / "run", *options, observer=listener)
+    told = [note for note in listener.notes if "the same for all 4 pictures" in note]
+    assert len(told) == 1
+    assert told[0].startswith("Step 1: the reward was")
+
+
+@pytest.mark.usefixtures("plain_report")
 def test_a_non_finite_loss_names_step_and_pictures_and_keeps_the_last_checkpoint(
     start: Start, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

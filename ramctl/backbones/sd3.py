@@ -20,7 +20,7 @@ from ramctl.config import LoraSection, ModelSection
 from ramctl.engine.path import LinearPath, evenly_shifted_sigmas, shifted_sigmas
 from ramctl.engine.samplers import Sampler, integrate
 from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError
-from ramctl.resources import find_resource
+from ramctl.resources import download_command, find_model
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -33,6 +33,13 @@ _PROMPTS_AT_ONCE = 64  # a T5 takes gigabytes for more
 _PIXELS_AT_ONCE = 8 * 512**2
 #: A card with less memory has its text encoders parked (T5 takes 9.5 GB in bfloat16).
 _ROOMY_CARD = 60e9
+
+
+def _remedy(path: str) -> str:
+    command = download_command(path)
+    if command is not None:
+        return f"Fetch it with: {command}"
+    return "Set model.path to a diffusers folder, e.g. --model.path models/tinyworld."
 
 
 def parks_encoders(spec: ModelSection, device: torch.device) -> bool:
@@ -70,7 +77,7 @@ def _read_pipeline(spec: ModelSection) -> StableDiffusion3Pipeline:
     with _quiet_import():
         from diffusers import StableDiffusion3Pipeline
 
-    folder = find_resource(spec.path)
+    folder = find_model(spec.path, with_t5=spec.use_t5)
     index = folder / "model_index.json"
     if folder.exists() and not index.is_file():
         raise ConfigError(f"model.path {spec.path!r}: {folder} is no diffusers folder (it has no model_index.json).")
@@ -89,7 +96,7 @@ def _read_pipeline(spec: ModelSection) -> StableDiffusion3Pipeline:
             raise ConfigError(f"model.path {spec.path!r}: not a Stable Diffusion 3 model ({reason}).") from error
         raise MissingDependencyError(
             f"Model {spec.path!r} is neither a local folder nor a model that could be downloaded ({reason}). "
-            "Set model.path to a diffusers folder, e.g. --model.path models/tinyworld."
+            f"{_remedy(spec.path)}"
         ) from error
 
 

@@ -48,6 +48,14 @@ def _mean(values: Column) -> float:
     return float(good.mean(dtype=np.float64)) if len(good) else float("nan")
 
 
+def _std(values: Column) -> float:
+    """Standard deviation of the finite entries, exactly 0 where all are equal; NaN when there is none."""
+    good = values[np.isfinite(values)]
+    if not len(good):
+        return float("nan")
+    return float(good.std(dtype=np.float64)) if np.ptp(good) else 0.0
+
+
 def mean_by_tag(values: Column, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Mean of the finite values per prompt kind, in order of first appearance."""
     tags = np.array([prompt.tag for prompt in prompts])
@@ -55,17 +63,22 @@ def mean_by_tag(values: Column, prompts: Sequence[Prompt]) -> dict[str, float]:
 
 
 def reward_metrics(scores: ScoredPictures, prefix: str = "reward") -> dict[str, float]:
-    """``<prefix>/mean|std|strict|failed``, ``score/<detail>`` and ``<prefix>_by_tag/<tag>``."""
+    """``<prefix>/mean|std|strict|failed``, ``score/<detail>`` and ``<prefix>_by_tag/<tag>``.
+
+    Of several scorers each one's own value, the detail ``<scorer>/value``, also has its ``score/<scorer>/std``.
+    """
     good = scores.value[~scores.failed]
     metrics = {
         f"{prefix}/mean": _mean(scores.value),
-        f"{prefix}/std": float(good.std(dtype=np.float64)) if len(good) else float("nan"),
+        f"{prefix}/std": _std(good),
         f"{prefix}/failed": float(scores.failed.mean()) if len(scores.failed) else 0.0,
     }
     if scores.strict is not None:
         metrics[f"{prefix}/strict"] = _mean(scores.strict)
     score = "score" if prefix == "reward" else prefix
     metrics.update({f"{score}/{name}": _mean(column) for name, column in scores.details.items()})
+    own = {name: column for name, column in scores.details.items() if name.endswith("/value")}
+    metrics.update({f"{score}/{name.removesuffix('value')}std": _std(column) for name, column in own.items()})
     metrics.update({f"{prefix}_by_tag/{tag}": mean for tag, mean in mean_by_tag(scores.value, scores.prompts).items()})
     if scores.strict is not None:
         by_tag = mean_by_tag(scores.strict, scores.prompts)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
 from ramctl.engine.randomness import keyed_normal
 from ramctl.engine.samplers import Sampler
 
@@ -36,17 +37,6 @@ class Endpoints:
         return len(self.latents)
 
 
-def auto_micro_batch(latent_shape: tuple[int, int, int], device: torch.device, *, training: bool) -> int:
-    """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
-
-    A no-gradient pass keeps no activations and takes four times the pictures of a training pass. At 512 pixels on a GPU
-    this gives 16 for training; on a CPU the budget is what stays in the caches.
-    """
-    tokens = max(1, latent_shape[1] * latent_shape[2] // 4)
-    budget = 16_384 if device.type == "cuda" else 1_024
-    return max(1, (budget if training else 4 * budget) // tokens)
-
-
 @torch.no_grad()
 def generate(
     backbone: Backbone,
@@ -58,7 +48,7 @@ def generate(
     guidance_scale: float,
     negative_prompt: str = "",
     sampler: Sampler = "euler",
-    micro_batch: int = 0,
+    micro_batch: int | MicroBatch = 0,
     progress: Progress | None = None,
 ) -> Endpoints:
     """Draw one picture per prompt; picture i depends on ``prompts[i]``, ``seeds[i]`` and the weights only.
@@ -68,27 +58,39 @@ def generate(
         prompts: N texts, repeats allowed (each different text is embedded once).
         seeds: N seeds of the starting noise.
         micro_batch: pictures at once; 0 chooses.
+
+    Raises:
+        OutOfMemoryError: the GPU has no room for half of ``micro_batch``.
     """
     unique = list(dict.fromkeys(prompts))
     rows = torch.tensor([unique.index(prompt) for prompt in prompts], dtype=torch.long, device=backbone.device)
     text = backbone.encode(unique)
     negative = backbone.encode([negative_prompt]) if guidance_scale != 1.0 else None
-    size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
-    latents, images = [], []
-    for start in range(0, len(prompts), size):
+    if not isinstance(micro_batch, MicroBatch):
+        size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
+        micro_batch = MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
+    latents: list[Tensor] = []
+    images: list[NDArray[np.uint8]] = []
+    start = 0
+
+    def draw(size: int) -> tuple[Tensor, NDArray[np.uint8]]:
         part = slice(start, start + size)
-        noise = keyed_normal(seeds[part], backbone.latent_shape, backbone.device)
         x0 = backbone.sample(
             network,
             text.select(rows[part]),
-            noise,
+            keyed_normal(seeds[part], backbone.latent_shape, backbone.device),
             steps=steps,
             guidance_scale=guidance_scale,
             negative=negative,
             sampler=sampler,
         )
+        return x0, backbone.decode(x0).numpy()
+
+    while start < len(prompts):
+        x0, pictures = micro_batch.run(draw)
         latents.append(x0)
-        images.append(backbone.decode(x0).numpy())
+        images.append(pictures)
+        start += len(x0)
         if progress is not None:
             progress(len(x0))
     return Endpoints(torch.cat(latents), np.concatenate(images), text, rows)

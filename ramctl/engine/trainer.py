@@ -16,18 +16,19 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone
 from ramctl.config import Config, OptimizerSection
 from ramctl.engine.advantage import group_advantages
 from ramctl.engine.distributed import World
 from ramctl.engine.metrics import reward_metrics
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction, ram_target, regression_loss
 from ramctl.engine.path import power_law_times
-from ramctl.engine.policy import Policy, evaluation_decay, old_decay
+from ramctl.engine.policy import FrozenSet, Policy, evaluation_decay, old_decay
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
-from ramctl.engine.rollout import Endpoints, auto_micro_batch, generate
+from ramctl.engine.rollout import Endpoints, generate
 from ramctl.errors import DivergedError, ScorerError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, Scores
@@ -108,8 +109,22 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
         )
         shape, device = backbone.latent_shape, backbone.device
-        self.micro_batch = config.train.micro_batch or auto_micro_batch(shape, device, training=True)
-        self.sweep_batch = config.train.sweep_micro_batch or auto_micro_batch(shape, device, training=False)
+        without_gradient = auto_micro_batch(shape, device, training=False)
+        self.batches = {
+            "sample": MicroBatch(
+                config.rollout.micro_batch or without_gradient, "drawing pictures,", "rollout.micro_batch"
+            ),
+            "sweep": MicroBatch(
+                config.train.sweep_micro_batch or without_gradient,
+                "computing the reference's velocities,",
+                "train.sweep_micro_batch",
+            ),
+            "train": MicroBatch(
+                config.train.micro_batch or auto_micro_batch(shape, device, training=True),
+                "training on items,",
+                "train.micro_batch",
+            ),
+        }
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +194,7 @@ class Trainer:
             steps=config.rollout.sampling_steps,
             guidance_scale=config.rollout.guidance_scale,
             sampler=config.rollout.sampler,
-            micro_batch=config.rollout.micro_batch,
+            micro_batch=self.batches["sample"],
             progress=progress,
         )
 
@@ -232,35 +247,51 @@ class Trainer:
     @torch.no_grad()
     def _sweep(self, endpoints: Endpoints, share: range) -> _Sweep:
         """v_ref and v_old of every item: the old network first (it is the one loaded), then the reference."""
-        count = self.config.ram.noisings_per_image
-        with_cost = self.config.ram.path_cost
-        velocities: dict[str, Tensor] = {}
-        between: dict[str, Tensor] = {}
-        done, total = 0, 2 * len(share) * count
-        times, times_s = [], []
-        for which in ("old", "reference"):
+        path, items = self.backbone.path, len(share) * self.config.ram.noisings_per_image
+        shape = (items, *endpoints.latents.shape[1:])
+        sizes = {"t": (items,), "s": (items,), "old": shape, "reference": shape, "old_s": shape, "reference_s": shape}
+        wanted = sizes if self.config.ram.path_cost else ("old", "reference")
+        kept = {name: endpoints.latents.new_empty(sizes[name]) for name in wanted}
+        order: tuple[FrozenSet, ...] = ("old", "reference")
+        for passes_before, which in enumerate(order):
             network = self.policy.network(which)
-            parts, parts_s = [], []
-            for rows, images, noisings in self._batches(share, self.sweep_batch, range(count)):
-                items = self._noise(endpoints.latents[rows], images, noisings)
-                text = endpoints.text.select(endpoints.text_row[rows])
-                parts.append(self.backbone.velocity(network, items.x_t, items.t, text))
-                if items.x_s is not None and items.s is not None:
-                    parts_s.append(self.backbone.velocity(network, items.x_s, items.s, text))
-                    if which == "old":
-                        times.append(items.t)
-                        times_s.append(items.s)
-                done += len(rows)
-                self.progress("sweep", done, total)
-            velocities[which] = torch.cat(parts)
-            if with_cost:
-                between[which] = torch.cat(parts_s)
-        cost_s = cost_t = None
-        if with_cost:
-            path = self.backbone.path
-            cost_t = path_cost(v=velocities["old"], v_ref=velocities["reference"], path=path, t=torch.cat(times))
-            cost_s = path_cost(v=between["old"], v_ref=between["reference"], path=path, t=torch.cat(times_s))
-        return _Sweep(velocities["reference"], velocities["old"], cost_s, cost_t)
+            self.batches["sweep"].run(
+                lambda size, network=network, which=which, before=passes_before * items: self._sweep_pass(  # type: ignore[misc]
+                    endpoints, share, size, network, which, kept, before
+                )
+            )
+        if not self.config.ram.path_cost:
+            return _Sweep(kept["reference"], kept["old"], None, None)
+        return _Sweep(
+            kept["reference"],
+            kept["old"],
+            path_cost(v=kept["old_s"], v_ref=kept["reference_s"], path=path, t=kept["s"]),
+            path_cost(v=kept["old"], v_ref=kept["reference"], path=path, t=kept["t"]),
+        )
+
+    def _sweep_pass(
+        self,
+        endpoints: Endpoints,
+        share: range,
+        size: int,
+        network: nn.Module,
+        which: str,
+        kept: dict[str, Tensor],
+        before: int,
+    ) -> None:
+        """One network's velocities of every item, into ``kept`` (times, too, where the path cost needs them)."""
+        count = self.config.ram.noisings_per_image
+        done = 0
+        for rows, images, noisings in self._batches(share, size, range(count)):
+            place = slice(done, done + len(rows))
+            items = self._noise(endpoints.latents[rows], images, noisings)
+            text = endpoints.text.select(endpoints.text_row[rows])
+            kept[which][place] = self.backbone.velocity(network, items.x_t, items.t, text)
+            if items.x_s is not None and items.s is not None:
+                kept[f"{which}_s"][place] = self.backbone.velocity(network, items.x_s, items.s, text)
+                kept["t"][place], kept["s"][place] = items.t, items.s
+            done += len(rows)
+            self.progress("sweep", before + done, 2 * len(share) * count)
 
     def _target(self, items: _Items, sweep: _Sweep, chosen: Tensor, advantage: Tensor) -> Tensor:
         v_old = sweep.v_old[chosen]
@@ -284,28 +315,14 @@ class Trainer:
         count, updates = self.config.ram.noisings_per_image, self.config.ram.updates_per_step
         sums = torch.zeros(3, dtype=torch.float64)  # loss, target², drift, summed over items
         norms = []
-        done = 0
         for update in range(updates):
-            chosen_noisings = range(update * count // updates, (update + 1) * count // updates)
-            total = self.config.images_per_step * len(chosen_noisings)
-            self.optimizer.zero_grad(set_to_none=True)
-            bad: set[int] = set()
-            for rows, images, noisings in self._batches(share, self.micro_batch, chosen_noisings):
-                items = self._noise(endpoints.latents[rows], images, noisings)
-                text = endpoints.text.select(endpoints.text_row[rows])
-                chosen = torch.tensor([row * count + n for row, n in zip(rows, noisings, strict=True)])
-                chosen = chosen.to(items.x_t.device)
-                target = self._target(items, sweep, chosen, advantages[rows])
-                prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
-                losses = regression_loss(prediction, target)
-                finite = torch.isfinite(losses.detach()).tolist()
-                bad.update(image for image, ok in zip(images, finite, strict=True) if not ok)
-                (losses.sum() / total).backward()  # type: ignore[no-untyped-call]
-                drift = regression_loss(prediction.detach(), sweep.v_ref[chosen])
-                size = target.square().flatten(1).mean(1)
-                sums += torch.stack([losses.detach().sum(), size.sum(), drift.sum()]).double().cpu()
-                done += len(rows)
-                self.progress("train", done, len(share) * count)
+            noisings = range(update * count // updates, (update + 1) * count // updates)
+            part, bad = self.batches["train"].run(
+                lambda size, noisings=noisings: self._accumulate(  # type: ignore[misc]
+                    endpoints, share, sweep, advantages, noisings, size
+                )
+            )
+            sums += part
             self._refuse_nonfinite(bad)
             norms.append(self._update())
         self.world.sum_([sums])
@@ -317,6 +334,40 @@ class Trainer:
             "grad_norm": sum(norms) / len(norms),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+
+    def _accumulate(
+        self,
+        endpoints: Endpoints,
+        share: range,
+        sweep: _Sweep,
+        advantages: Tensor,
+        chosen_noisings: range,
+        size: int,
+    ) -> tuple[Tensor, set[int]]:
+        """The gradient of one update, from zero: sums of (loss, target², drift), and pictures with non-finite loss."""
+        count = self.config.ram.noisings_per_image
+        total = self.config.images_per_step * len(chosen_noisings)
+        sums = torch.zeros(3, dtype=torch.float64)
+        bad: set[int] = set()
+        done = len(share) * chosen_noisings.start
+        self.optimizer.zero_grad(set_to_none=True)
+        for rows, images, noisings in self._batches(share, size, chosen_noisings):
+            items = self._noise(endpoints.latents[rows], images, noisings)
+            text = endpoints.text.select(endpoints.text_row[rows])
+            chosen = torch.tensor([row * count + n for row, n in zip(rows, noisings, strict=True)])
+            chosen = chosen.to(items.x_t.device)
+            target = self._target(items, sweep, chosen, advantages[rows])
+            prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
+            losses = regression_loss(prediction, target)
+            finite = torch.isfinite(losses.detach()).tolist()
+            bad.update(image for image, ok in zip(images, finite, strict=True) if not ok)
+            (losses.sum() / total).backward()  # type: ignore[no-untyped-call]
+            drift = regression_loss(prediction.detach(), sweep.v_ref[chosen])
+            norm = target.square().flatten(1).mean(1)
+            sums += torch.stack([losses.detach().sum(), norm.sum(), drift.sum()]).double().cpu()
+            done += len(rows)
+            self.progress("train", done, len(share) * count)
+        return sums, bad
 
     def _refuse_nonfinite(self, mine: set[int]) -> None:
         # Gathered, so that every process stops with the same words; else the others would wait for this one's gradient.

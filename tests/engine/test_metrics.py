@@ -45,6 +45,15 @@ def test_without_strict_or_details_their_rows_are_absent() -> None:
     assert not any("strict" in name or name.startswith("score/") for name in metrics)
 
 
+def test_each_scorer_of_several_has_its_own_mean_and_spread() -> None:
+    details = {"ocr/value": [0.1, 0.1, NAN, 0.1], "jpeg/value": [1.0, 2.0, NAN, 3.0], "ocr/distance": [1, 2, NAN, 3]}
+    metrics = reward_metrics(scores([1.0, 2.0, NAN, 3.0], **details))
+    assert metrics["score/ocr/value"] == pytest.approx(0.1)
+    assert metrics["score/ocr/std"] == 0  # exactly: a mean of equal numbers may be off by a rounding
+    assert metrics["score/jpeg/std"] == pytest.approx(np.std([1, 2, 3]))
+    assert "score/ocr/distance_std" not in metrics and "score/distance/std" not in metrics
+
+
 def test_an_evaluation_has_its_own_names() -> None:
     metrics = reward_metrics(scores([1, 0, 1, 0], [1, 0, 1, 0], objects=[1, 1, 1, 1]), "eval")
     assert {name.split("/")[0] for name in metrics} == {"eval", "eval_by_tag", "eval_strict_by_tag"}

@@ -21,7 +21,7 @@ from ramctl.engine.policy import Policy
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
 from ramctl.engine.rollout import generate
 from ramctl.engine.trainer import RewardFunction, Trainer, gather_scores
-from ramctl.errors import DivergedError, ScorerError
+from ramctl.errors import DivergedError, OutOfMemoryError, ScorerError
 from ramctl.prompts import Prompt, read_prompts
 from ramctl.scorers.base import Images, ImageScore, Scores
 from ramctl.settings import Settings, load_settings
@@ -293,6 +293,47 @@ def test_micro_batches_do_not_change_the_gradient(build: Build, sizes: list[tupl
     assert difference < 1e-5
     assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
     assert one.metrics["target_norm"] == pytest.approx(other.metrics["target_norm"], rel=1e-5)
+
+
+def test_running_out_of_gpu_memory_halves_the_passes_and_changes_nothing_else(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card with room for two items: of every phase the first pass fails midway, and the step is what it was."""
+    sizes = ("rollout.micro_batch", "4"), ("sweep_micro_batch", "4"), ("train.micro_batch", "4")
+    roomy, tight = build(*sizes), build(*sizes)
+    velocity = tight.backbone.velocity
+
+    def small_card(network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
+        result = velocity(network, x_t, t, text)
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(tight.backbone, "velocity", small_card)
+    one, other = roomy.step(), tight.step()
+    assert {name: batch.size for name, batch in tight.batches.items()} == {"sample": 2, "sweep": 2, "train": 2}
+    assert np.abs(one.images.astype(int) - other.images).max() <= 1
+    assert (gradients(roomy) - gradients(tight)).norm() / gradients(roomy).norm() < 1e-3
+    assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-3)
+
+
+def test_a_card_too_small_for_half_a_pass_ends_the_step_before_the_update(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(("train.micro_batch", "4"))
+    velocity = trainer.backbone.velocity
+
+    def no_room_to_train(network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return velocity(network, x_t, t, text)
+
+    monkeypatch.setattr(trainer.backbone, "velocity", no_room_to_train)
+    before = copy.deepcopy(trainer.policy.tensors("policy"))
+    with pytest.raises(OutOfMemoryError, match=r"train\.micro_batch.*gradient_checkpointing"):
+        trainer.step()
+    assert trainer.step_index == 0
+    assert all(torch.equal(before[name], value) for name, value in trainer.policy.tensors("policy").items())
 
 
 def test_stratified_times_lie_one_in_each_quantile(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:

@@ -1,0 +1,60 @@
+"""How many items a pass takes at once, and what happens when the GPU has no room for them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ramctl.errors import OutOfMemoryError
+
+T = TypeVar("T")
+
+
+def auto_micro_batch(latent_shape: tuple[int, int, int], device: torch.device, *, training: bool) -> int:
+    """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
+
+    A no-gradient pass keeps no activations and takes four times the pictures of a training pass. At 512 pixels on a GPU
+    this gives 16 for training; on a CPU the budget is what stays in the caches.
+    """
+    tokens = max(1, latent_shape[1] * latent_shape[2] // 4)
+    budget = 16_384 if device.type == "cuda" else 1_024
+    return max(1, (budget if training else 4 * budget) // tokens)
+
+
+class MicroBatch:
+    """The size of one phase's passes. It is halved once if the GPU's memory runs out, and stays so.
+
+    Args:
+        size: items at once.
+        phase: what the passes do, for the message.
+        key: the preset's key of this size.
+    """
+
+    def __init__(self, size: int, phase: str, key: str) -> None:
+        self.size, self.phase, self.key = size, phase, key
+        self.halved = False
+
+    def run(self, work: Callable[[int], T]) -> T:
+        """``work(size)``; where memory runs out once more with half the size, so it must bear being started again.
+
+        Raises:
+            OutOfMemoryError: half the size is too much as well, or was halved before.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except torch.OutOfMemoryError as error:
+                if self.halved or self.size < 2:
+                    raise OutOfMemoryError(
+                        f"The GPU ran out of memory while {self.phase} {self.size} at once. Lower {self.key}, set "
+                        "train.gradient_checkpointing = true, or set model.text_encoders = parked."
+                    ) from error
+            # Out here the error's frames, which hold the tensors of the failed pass, are gone.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.size //= 2
+            self.halved = True

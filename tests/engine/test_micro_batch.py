@@ -1,0 +1,57 @@
+"""What happens when the GPU's memory runs out; simulated by raising the error PyTorch raises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ramctl.engine.micro_batch import MicroBatch
+from ramctl.errors import OutOfMemoryError
+
+
+def batch(size: int) -> MicroBatch:
+    return MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
+
+
+class Card:
+    """A GPU with room for so many items."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.asked: list[int] = []
+
+    def work(self, size: int) -> int:
+        self.asked.append(size)
+        if size > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+
+def test_the_size_is_halved_once_and_stays_so() -> None:
+    card, micro_batch = Card(4), batch(8)
+    assert [micro_batch.run(card.work), micro_batch.run(card.work)] == [4, 4]
+    assert card.asked == [8, 4, 4]
+
+
+def test_where_half_is_too_much_the_message_names_the_keys() -> None:
+    card = Card(3)
+    with pytest.raises(OutOfMemoryError) as caught:
+        batch(8).run(card.work)
+    assert card.asked == [8, 4]
+    for key in ("rollout.micro_batch", "train.gradient_checkpointing", "model.text_encoders"):
+        assert key in str(caught.value)
+
+
+def test_a_single_item_that_does_not_fit_is_not_tried_again() -> None:
+    card = Card(0)
+    with pytest.raises(OutOfMemoryError):
+        batch(1).run(card.work)
+    assert card.asked == [1]
+
+
+def test_other_errors_pass() -> None:
+    def work(size: int) -> None:
+        raise ValueError("no memory matter")
+
+    with pytest.raises(ValueError, match="no memory matter"):
+        batch(8).run(work)
