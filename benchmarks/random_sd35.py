@@ -14,7 +14,7 @@ import argparse
 import string
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -146,6 +146,21 @@ def build_t5_tokenizer() -> T5Tokenizer:
     characters = string.ascii_letters + string.digits + string.punctuation + "▁"
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in characters)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def write_configs(folder: Path, **options: Any) -> None:
+    """The folder without its weights: what sizes, memory and ``--dry-run`` are worked out from."""
+    with torch.device("meta"):
+        pipeline = build_pipeline(**options)
+    for name, part in pipeline.components.items():
+        if part is None:
+            continue
+        keep = getattr(part, "save_config", None) or getattr(part, "save_pretrained", None)
+        if isinstance(part, torch.nn.Module) and hasattr(part, "config") and not hasattr(part, "save_config"):
+            part.config.save_pretrained(folder / name)
+        elif keep is not None:
+            keep(folder / name)
+    pipeline.save_config(folder)
 
 
 def main() -> None:

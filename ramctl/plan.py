@@ -5,9 +5,10 @@ Nothing is trained, drawn or downloaded, and no weight is read. Memory is an est
     resident = live + frozen network + base values of the changed weights + text encoders + autoencoder
              + trained weights * (1 policy + 1 gradient + 2 AdamW moments + 2 lagged sets), float32
              + text embeddings and endpoints of the step + the libraries
+    embed    = resident, without endpoints, + the largest text encoder where they are parked
     sample   = resident + one guided pass at the sampling micro-batch
     decode   = resident + one decoding at the sampling micro-batch
-    sweep    = resident + one pass at the sweep micro-batch + stored velocities (one set more while they are joined)
+    sweep    = resident + one pass at the sweep micro-batch + stored velocities
     train    = resident + one forward and backward pass at the training micro-batch + stored velocities
     update   = resident + AdamW's temporaries (as much as the trained weights) + stored velocities
 
@@ -307,13 +308,13 @@ def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatc
     one_set = sizes.items_per_process * math.prod(skeleton.backbone.latent_shape) * _FLOAT32
     stored = (4 if config.ram.path_cost else 2) * one_set
     base = sum(resident.values())
-    # Parked encoders are there while the step's prompts are embedded, and nothing else is.
-    parked = _encoder_bytes(skeleton) - resident["text encoders"]
+    # Parked encoders come one at a time while the step's prompts are embedded, before there are endpoints.
+    parked = 0 if resident["text encoders"] else max(_encoder_bytes(skeleton))
     phases = {
         "embed": base - resident["endpoints"] + parked,
         "sample": base + passes.sampling,
         "decode": base + passes.decoding,
-        "sweep": base + passes.sweep + stored + one_set,
+        "sweep": base + passes.sweep + stored,
         "train": base + passes.training + stored,
         "update": base + resident["policy weights"] + stored,
     }
@@ -321,10 +322,10 @@ def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatc
     return Memory(resident, phases, _free_memory(device), sharers)
 
 
-def _encoder_bytes(skeleton: Skeleton) -> int:
+def _encoder_bytes(skeleton: Skeleton) -> list[int]:
     from ramctl.plan_memory import tensor_bytes
 
-    return sum(tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders)
+    return [tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders]
 
 
 def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.device) -> dict[str, int]:
@@ -342,7 +343,7 @@ def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.de
         "live network": tensor_bytes(p for p in policy.live.parameters() if not p.requires_grad),
         "frozen network": tensor_bytes(policy.frozen.parameters()),
         "base values": tensor_bytes(policy._base.values()),
-        "text encoders": 0 if parks_encoders(config.model, device) else _encoder_bytes(skeleton),
+        "text encoders": 0 if parks_encoders(config.model, device) else sum(_encoder_bytes(skeleton)),
         "autoencoder": tensor_bytes(skeleton.vae.parameters()),
         "policy weights": trained,
         "gradients": trained,

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class ParkedNetworks:
-    """Frozen networks whose weights stay in main memory.
+class ParkedNetwork:
+    """A frozen network whose weights stay in main memory; each forward pass brings copies to the device.
 
-    Their tensors on the device are copies that are thrown away afterwards, so leaving costs nothing.
+    The copies are thrown away when the pass ends, so leaving costs nothing, and of several parked networks only the one
+    at work takes room. Inputs must already be on the device.
 
     Args:
-        networks: frozen, on the CPU.
-        device: where they work.
+        network: frozen, on the CPU.
+        device: where it works.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.device = device
-        self._tensors = list({id(t): t for n in networks for t in (*n.parameters(), *n.buffers())}.values())
+        self._tensors = [*network.parameters(), *network.buffers()]  # each once, shared ones too
         if device.type == "cuda":
             for tensor in self._tensors:
                 tensor.data = _pinned(tensor.data)
+        self._parked = [tensor.data for tensor in self._tensors]
+        network.register_forward_pre_hook(self._fetch)
+        network.register_forward_hook(self._leave, always_call=True)
 
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The weights are on the device inside this context."""
-        parked = [tensor.data for tensor in self._tensors]
-        try:
-            for tensor in self._tensors:
-                tensor.data = tensor.data.to(self.device, non_blocking=True, copy=True)
-            yield
-        finally:
-            for tensor, data in zip(self._tensors, parked, strict=True):
-                tensor.data = data
+    def _fetch(self, *_: Any) -> None:
+        for tensor in self._tensors:
+            tensor.data = tensor.data.to(self.device, non_blocking=True, copy=True)
+
+    def _leave(self, *_: Any) -> None:
+        for tensor, data in zip(self._tensors, self._parked, strict=True):
+            tensor.data = data
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
-from ramctl.backbones.parking import ParkedNetworks
+from ramctl.backbones.parking import ParkedNetwork
 from ramctl.config import LoraSection, ModelSection
 from ramctl.engine.path import LinearPath, evenly_shifted_sigmas, shifted_sigmas
 from ramctl.engine.samplers import Sampler, integrate
@@ -133,11 +133,11 @@ class StableDiffusion3(Backbone):
             for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
             if part is not None
         ]
-        self._parked: ParkedNetworks | None = None
-        if parks_encoders(spec, device):
-            self._parked = ParkedNetworks(encoders, device)
-        else:
-            for encoder in encoders:
+        parked = parks_encoders(spec, device)
+        for encoder in encoders:
+            if parked:
+                ParkedNetwork(encoder, device)
+            else:
                 encoder.to(device)
         pipeline.vae.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
@@ -167,11 +167,10 @@ class StableDiffusion3(Backbone):
 
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """Embeddings as the pipeline computes them; without a T5, no zero tokens are appended in its place."""
-        with self._parked.at_work() if self._parked is not None else contextlib.nullcontext():
-            parts = [
-                self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
-                for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
-            ]
+        parts = [
+            self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
+            for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
+        ]
         return functools.reduce(TextEmbeddings.joined, parts)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,16 +13,27 @@ from ramctl.errors import OutOfMemoryError
 
 T = TypeVar("T")
 
+#: Image tokens of a training pass on a card with this many bytes (80 GB cards report a little less); with half as many
+#: bytes, half the tokens.
+_GPU_TOKENS, _ROOMY_GPU = 16_384, 75e9
+
 
 def auto_micro_batch(latent_shape: tuple[int, int, int], device: torch.device, *, training: bool) -> int:
     """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
 
     A no-gradient pass keeps no activations and takes four times the pictures of a training pass. At 512 pixels on a GPU
-    this gives 16 for training; on a CPU the budget is what stays in the caches.
+    of 80 GB or more this gives 16 for training, on one of 24 GB 4; on a CPU the budget is what stays in the caches.
     """
     tokens = max(1, latent_shape[1] * latent_shape[2] // 4)
-    budget = 16_384 if device.type == "cuda" else 1_024
+    budget = _tokens_on_gpu(device) if device.type == "cuda" else 1_024
     return max(1, (budget if training else 4 * budget) // tokens)
+
+
+def _tokens_on_gpu(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return _GPU_TOKENS
+    share = torch.cuda.get_device_properties(device).total_memory / _ROOMY_GPU
+    return _GPU_TOKENS if share >= 1 else int(_GPU_TOKENS * 2.0 ** math.floor(math.log2(share)))
 
 
 class MicroBatch:

@@ -142,6 +142,8 @@ class Trainer:
         chosen = prompts_of_step(self.step_index, config.rollout.prompts_per_step, len(self.prompts), config.train.seed)
         prompts = [self.prompts[chosen[i // group]] for i in share]
 
+        if self.backbone.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.backbone.device)
         endpoints = self._rollout(prompts, share)
         clock.lap("sample")
         with ThreadPoolExecutor(1) as pool:
@@ -149,7 +151,7 @@ class Trainer:
             pending = pool.submit(self._score, endpoints, prompts)
             sweep = self._sweep(endpoints, share)
             clock.lap("sweep")
-            scores = pending.result()
+            scores, seconds_of_reward = pending.result()
         clock.lap("score")
 
         gathered = gather_scores(world, scores, prompts)
@@ -173,6 +175,8 @@ class Trainer:
             "advantage/flat_groups": advantages.flat_groups,
             **figures,
             **clock.metrics(),
+            "seconds/reward": seconds_of_reward,
+            **self._memory(),
             "images_per_second": config.images_per_step / clock.total(),
         }
         return StepResult(metrics, endpoints.images, prompts)
@@ -198,8 +202,16 @@ class Trainer:
             progress=progress,
         )
 
-    def _score(self, endpoints: Endpoints, prompts: list[Prompt]) -> Scores:
-        return self.reward.score(endpoints.images, prompts)
+    def _score(self, endpoints: Endpoints, prompts: list[Prompt]) -> tuple[Scores, float]:
+        """This process' scores and the seconds they took, sweeps alongside included."""
+        start = time.perf_counter()
+        return self.reward.score(endpoints.images, prompts), time.perf_counter() - start
+
+    def _memory(self) -> dict[str, float]:
+        """The most this process' tensors took of its GPU in the step, in GB."""
+        if self.backbone.device.type != "cuda":
+            return {}
+        return {"memory/peak_gb": torch.cuda.max_memory_allocated(self.backbone.device) / 1e9}
 
     def _refuse_failures(self, scores: GatheredScores) -> None:
         failed = np.flatnonzero(scores.failed)
