@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ramctl.prompts import Prompt
-from ramctl.scorers import ocr
 from ramctl.scorers.base import Images
+from ramctl.scorers.ocr import OcrScorer, normalise, rapid
 from ramctl.tinyworld.grammar import misspell, random_word, sign_prompt
 from ramctl.tinyworld.renderer import SIZE, render_sign
 
@@ -83,8 +83,8 @@ def families(count: int, seed: int) -> list[Family]:
 def measure(setting: str, kinds: Sequence[Family], repeats: int) -> str:
     """One line of the table: exact share / mean reward per family, median milliseconds per picture."""
     side, line_width, threads = (int(number) for number in setting.split(":"))
-    ocr.LINE_WIDTH = line_width
-    scorer = ocr.OcrScorer(detector_side=side, threads=threads)
+    rapid.LINE_WIDTH = line_width
+    scorer = OcrScorer(detector_side=side, threads=threads)
     # Every thread makes its engine at its first picture; that belongs to no measurement.
     scorer.score(kinds[0].pictures[: 4 * threads], kinds[0].prompts[: 4 * threads])
     cells, times = [], []
@@ -93,7 +93,7 @@ def measure(setting: str, kinds: Sequence[Family], repeats: int) -> str:
             start = time.perf_counter()
             scores = scorer.score(kind.pictures, kind.prompts)
             times.append((time.perf_counter() - start) / len(kind.words) * 1000)
-        read = [ocr.normalise(str(record.get("text"))) for record in scores.records]
+        read = [normalise(str(record.get("text"))) for record in scores.records]
         exact = sum(text == word for text, word in zip(read, kind.words, strict=True)) / len(read)
         cells.append(f"{exact:.3f}/{np.nanmean(scores.value):.3f}".rjust(14))
     return f"{setting:<12}{''.join(cells)}{statistics.median(times):>10.1f}"

@@ -1,6 +1,7 @@
-"""What ``ramctl doctor`` looks at: machine, packages, the embedded model, every scorer, the tracking store.
+"""What ``ramctl doctor`` looks at: machine, packages, the embedded model, the tracking store, scorers and presets.
 
-Each check is a function without arguments that returns a :class:`Check`. ``failed`` means that the presets on
+Each check is a function without arguments that returns a :class:`Check`; those of scorers and presets are in
+:mod:`ramctl.doctor_scorers`. ``failed`` means that the presets on
 the embedded model cannot run as shipped; a ``warning`` is something only other work needs, or a surprise.
 """
 
@@ -18,21 +19,19 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import tomli
 
-from ramctl.errors import ConfigError, MissingDependencyError, RamctlError
+from ramctl.doctor_check import Check, CheckFunction, reason
+from ramctl.doctor_scorers import check_preset, embedded, scorer_checks
+from ramctl.errors import ConfigError, RamctlError
 from ramctl.resources import find_resource, resource_dir
 from ramctl.settings import Settings, list_presets, load_settings
-
-Status = Literal["ok", "warning", "failed"]
-CheckFunction = Callable[[], "Check"]
 
 GB = 1e9
 #: Below the first number of bytes a check fails, below the second it warns: the embedded presets need about
@@ -44,18 +43,12 @@ _LFS_POINTER = b"version https://git-lfs"
 _NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding: what was looked at, how it is, the facts, and what to do when it is not well."""
+def all_checks(*, deep: bool = False) -> list[tuple[str, CheckFunction]]:
+    """The checks of this machine with their names, quick ones first.
 
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
-
-
-def all_checks() -> list[tuple[str, CheckFunction]]:
-    """The checks of this machine with their names, quick ones first."""
+    Args:
+        deep: also load the scorers whose weights are downloaded, and try them.
+    """
     fixed: list[tuple[str, CheckFunction]] = [
         ("python", check_python),
         ("platform", check_platform),
@@ -70,12 +63,13 @@ def all_checks() -> list[tuple[str, CheckFunction]]:
         ("presets", check_presets),
     ]
     presets = _loadable_presets()
-    models = dict.fromkeys(preset.config.model.path for preset in presets if _embedded(preset))
+    models = dict.fromkeys(preset.config.model.path for preset in presets if embedded(preset))
     return [
         *fixed,
         *((f"model {path}", partial(check_model, path)) for path in models),
         ("tracking", check_tracking),
-        *_scorer_checks(presets),
+        *scorer_checks(presets, deep=deep),
+        *((f"preset {preset.config.name}", partial(check_preset, preset)) for preset in presets),
     ]
 
 
@@ -85,7 +79,7 @@ def run_checks(checks: Iterable[tuple[str, CheckFunction]] | None = None) -> Ite
         try:
             yield function()
         except Exception as error:  # whatever is wrong with a machine, the other checks go on
-            yield Check(name, "failed", f"the check broke: {_reason(error)}")
+            yield Check(name, "failed", f"the check broke: {reason(error)}")
 
 
 def passed(checks: Iterable[Check]) -> bool:
@@ -203,7 +197,7 @@ def check_torch() -> Check:
         total = float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum())
     except (ImportError, OSError, RuntimeError) as error:
         remedy = "pip install --force-reinstall 'torch>=2.11,<2.14'"
-        return Check("torch", "failed", f"does not work: {_reason(error)}", remedy)
+        return Check("torch", "failed", f"does not work: {reason(error)}", remedy)
     if total != 512.0:
         return Check("torch", "failed", f"multiplies wrongly: {total} instead of 512")
     backends = []
@@ -238,7 +232,7 @@ def check_gpu() -> Check:
                 if float((ones @ ones).float().sum()) != 64.0**3:
                     broken.append(f"device {index} multiplies wrongly")
         except (RuntimeError, AssertionError) as error:
-            broken.append(f"device {index}: {_reason(error)}")
+            broken.append(f"device {index}: {reason(error)}")
     if broken:
         remedy = (
             "Free the device, update the driver, or install a torch build for it: "
@@ -294,7 +288,7 @@ def check_diffusers() -> Check:
             from peft import LoraConfig
     except (ImportError, RuntimeError, OSError) as error:
         remedy = "pip install --upgrade diffusers transformers peft accelerate"
-        return Check("diffusers", "failed", f"does not import: {_reason(error)}", remedy)
+        return Check("diffusers", "failed", f"does not import: {reason(error)}", remedy)
     return Check("diffusers", "ok", f"{StableDiffusion3Pipeline.__name__} and {LoraConfig.__name__} import")
 
 
@@ -360,69 +354,10 @@ def check_tracking() -> Check:
             tracker.finish("finished")
         where = _tracking_store()
     except ImportError as error:
-        return Check("tracking", "failed", f"MLflow does not import: {_reason(error)}", f"pip install mlflow. {remedy}")
+        return Check("tracking", "failed", f"MLflow does not import: {reason(error)}", f"pip install mlflow. {remedy}")
     except RamctlError as error:
         return Check("tracking", "failed", str(error), remedy)
     return Check("tracking", "ok", f"MLflow records to {where}")
-
-
-def check_scorer(label: str, name: str, options: Mapping[str, object], required: bool) -> Check:
-    """Whether a scorer loads and judges its bundled pictures right.
-
-    Args:
-        label: the name of the check.
-        name: the scorer's name in the registry.
-        options: its options.
-        required: a preset on the embedded model uses it, so that its absence is a failure.
-    """
-    from ramctl.scorers.registry import create
-
-    try:
-        test = create(name, options).self_test()
-    except (MissingDependencyError, ImportError) as error:
-        advice = "" if isinstance(error, MissingDependencyError) else "pip install --upgrade ramctl"
-        return Check(label, "failed" if required else "warning", str(error), advice)
-    except RamctlError as error:
-        return Check(label, "failed", str(error))
-    if not test.passed:
-        remedy = "Its scores cannot be trusted on this machine; compare the packages above with ramctl's."
-        return Check(label, "failed", f"self-test failed: {test.summary}", remedy)
-    return Check(label, "ok", f"ready: {test.summary}")
-
-
-def _scorer_checks(presets: Iterable[Settings]) -> Iterator[tuple[str, CheckFunction]]:
-    """Every scorer as it is by default, and as the presets set it up where that is something else."""
-    from ramctl.scorers.registry import available
-
-    presets = list(presets)
-    terms = [
-        (name, dict(term.options), preset) for preset in presets for name, term in preset.config.reward.scorers.items()
-    ]
-    required = {name for name, _, preset in terms if _embedded(preset)}
-    seen = []
-    for name in available():
-        label = f"scorer {name}"
-        yield label, partial(check_scorer, label, name, {}, name in required)
-    for name, options, preset in terms:
-        wanted = {**_default_options(name), **options}
-        if wanted == _default_options(name) or (name, wanted) in seen:
-            continue
-        seen.append((name, wanted))
-        label = f"scorer {name} ({preset.config.name})"
-        yield label, partial(check_scorer, label, name, options, _embedded(preset))
-
-
-def _default_options(name: str) -> dict[str, Any]:
-    """A scorer's options as they are without a preset; empty for an unknown one, which its check reports."""
-    import inspect
-
-    from ramctl.scorers.registry import create
-
-    try:
-        parameters = inspect.signature(type(create(name)).__init__).parameters.values()
-    except (RamctlError, ImportError):
-        return {}
-    return {item.name: item.default for item in parameters if item.default is not item.empty}
 
 
 def _loadable_presets() -> list[Settings]:
@@ -433,11 +368,6 @@ def _loadable_presets() -> list[Settings]:
         except ConfigError:
             continue  # check_presets says so
     return settings
-
-
-def _embedded(preset: Settings) -> bool:
-    """Whether a preset's model travels with ramctl."""
-    return preset.config.model.path.startswith("models/")
 
 
 def _requirements() -> list[str]:
@@ -497,7 +427,7 @@ def _tracking_store() -> str:
                 pass
         except (urllib.error.URLError, OSError) as error:
             raise RamctlError(
-                f"The MLflow server {uri} (MLFLOW_TRACKING_URI) does not answer: {_reason(error)}."
+                f"The MLflow server {uri} (MLFLOW_TRACKING_URI) does not answer: {reason(error)}."
             ) from None
     elif uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
@@ -530,8 +460,3 @@ def _cgroup_used() -> int:
         return 0
     cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
     return max(0, (_cgroup_number("memory.current") or 0) - cached)
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

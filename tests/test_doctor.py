@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ramctl import doctor
-from ramctl.doctor import Check
+from ramctl import doctor, doctor_scorers
+from ramctl.doctor_check import Check
 from ramctl.errors import MissingDependencyError
 from ramctl.scorers import registry
 from ramctl.scorers.base import Scorer, SelfTest
+from ramctl.settings import load_settings
+from ramctl.weights import ROOT_VARIABLE, load_manifest
 
 
 def test_quick_checks_are_well_on_the_machine_that_runs_the_tests() -> None:
@@ -274,6 +276,56 @@ class _Tracker:
     def finish(self, *_: object) -> None: ...
 
 
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store with nothing in it."""
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "no-weights"))
+
+
+class TestWhatPresetsMiss:
+    def test_an_embedded_one_has_everything(self) -> None:
+        check = doctor_scorers.check_preset(load_settings("geneval-tiny"))
+        assert check == Check("preset geneval-tiny", "ok", "has its model, prompts and scorers")
+
+    @pytest.mark.usefixtures("no_weights")
+    def test_model_prompts_and_scorers_are_named(self, tmp_path: Path) -> None:
+        preset = tmp_path / "large.toml"
+        preset.write_text(
+            'name = "large"\n[model]\npath = "nobody/no-such-model"\n[prompts]\ntrain = "absent.jsonl"\n'
+            "[reward.scorers.aesthetic]\n[reward.scorers.jpeg-compressibility]\n"
+        )
+        check = doctor_scorers.check_preset(load_settings(str(preset)))
+        assert (check.name, check.status) == ("preset large", "warning")
+        assert "model nobody/no-such-model: " in check.detail
+        assert "training prompts: " in check.detail and "absent.jsonl" in check.detail
+        assert "scorer aesthetic: " in check.detail and "ramctl download-weights" in check.detail
+        assert "jpeg" not in check.detail
+        assert check.remedy == "All its downloads: ramctl download-weights preset:large"
+
+    def test_what_an_embedded_one_lacks_is_a_failure(self, tmp_path: Path) -> None:
+        preset = tmp_path / "small.toml"
+        preset.write_text(
+            'name = "small"\n[model]\npath = "models/tinyworld"\n[prompts]\ntrain = "absent.jsonl"\n'
+            "[reward.scorers.jpeg-compressibility]\n"
+        )
+        check = doctor_scorers.check_preset(load_settings(str(preset)))
+        assert check.status == "failed"
+        assert check.detail.startswith("lacks training prompts: ")
+        assert check.remedy == ""
+
+    def test_an_unknown_scorer_is_named(self, tmp_path: Path) -> None:
+        preset = tmp_path / "odd.toml"
+        preset.write_text(
+            'name = "odd"\n[model]\npath = "models/tinyworld"\n[prompts]\n'
+            'train = "prompts/geneval-tiny/train.jsonl"\n[reward.scorers.genval]\n'
+        )
+        assert "no scorer 'genval'" in doctor_scorers.check_preset(load_settings(str(preset))).detail
+
+    def test_every_readable_preset_is_looked_at(self) -> None:
+        names = [name for name, _ in doctor.all_checks()]
+        assert {"preset geneval-tiny", "preset ocr-tiny"} <= set(names)
+
+
 class _Sound(Scorer):
     name = "sound"
     version = "1"
@@ -292,6 +344,16 @@ class _Missing(_Sound):
         raise MissingDependencyError("No weights. Get them: ramctl download-weights sound")
 
 
+class _Absent(_Sound):
+    """Says what it lacks before it is tried; a trial would be a bug."""
+
+    def missing(self) -> list[str]:
+        return ["No package: pip install sound", "No weights: ramctl download-weights sound"]
+
+    def self_test(self) -> SelfTest:
+        raise AssertionError("tried although something is missing")
+
+
 class _NotInstalled(_Sound):
     def self_test(self) -> SelfTest:
         raise ModuleNotFoundError("No module named 'sound'")
@@ -306,6 +368,8 @@ class TestScorers:
             (_Missing, True, "failed", "Get them: ramctl download-weights sound"),
             (_Missing, False, "warning", "Get them: ramctl download-weights sound"),
             (_NotInstalled, False, "warning", "No module named 'sound'"),
+            (_Absent, True, "failed", "pip install sound; No weights: ramctl download-weights sound"),
+            (_Absent, False, "warning", "pip install sound; No weights: ramctl download-weights sound"),
         ],
     )
     def test_findings(
@@ -317,13 +381,51 @@ class TestScorers:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(registry, "create", lambda name, options: scorer())
-        check = doctor.check_scorer("scorer sound", "sound", {}, required)
+        check = doctor_scorers.check_scorer("scorer sound", "sound", {}, required)
         assert check.status == status
         assert words in check.detail
 
+    def test_weights_are_not_loaded_unless_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loaded: list[bool] = []
+
+        class Heavy(_Sound):
+            def load(self) -> None:
+                loaded.append(True)
+
+            def self_test(self) -> SelfTest:
+                self.ensure_loaded()
+                return SelfTest(True, "3 of 3 right")
+
+        monkeypatch.setattr(registry, "create", lambda name, options: Heavy())
+        check = doctor_scorers.check_scorer("scorer sound", "sound", {}, False, tried=False)
+        assert (check.status, loaded) == ("ok", [])
+        assert "not tried (ramctl doctor --deep does): 1" in check.detail
+        check = doctor_scorers.check_scorer("scorer sound", "sound", {}, False)
+        assert (check.detail, loaded) == ("ready: 3 of 3 right", [True])
+
+    def test_only_what_an_embedded_preset_uses_or_what_needs_no_download_is_tried(self) -> None:
+        presets = [load_settings(name) for name in ("geneval-tiny", "ocr-tiny")]
+        tried = {
+            name: function.keywords["tried"]  # type: ignore[attr-defined]
+            for name, function in doctor_scorers.scorer_checks(presets, deep=False)
+        }
+        weighty = {user for entry in load_manifest().values() for user in entry.used_by if user.startswith("scorer:")}
+        expected = {f"scorer {user.removeprefix('scorer:')}" for user in weighty} - {"scorer geneval"}
+        assert {name for name, is_tried in tried.items() if not is_tried} == expected & set(tried)
+        assert expected & set(tried) and tried["scorer geneval"] and tried["scorer ocr"]
+        deep = doctor_scorers.scorer_checks(presets, deep=True)
+        assert all(function.keywords["tried"] for _, function in deep)  # type: ignore[attr-defined]
+
+    @pytest.mark.usefixtures("no_weights")
+    def test_absent_weights_are_named_with_one_command_for_all(self) -> None:
+        check = doctor_scorers.check_scorer("scorer pickscore", "pickscore", {}, False, tried=False)
+        assert check.status == "warning"
+        assert "is not there: ramctl download-weights" in check.detail
+        assert check.remedy == "All its downloads: ramctl download-weights scorer:pickscore"
+
     def test_unknown_scorer_or_option_of_a_preset_fails(self) -> None:
-        assert "no scorer 'genval'" in doctor.check_scorer("x", "genval", {}, True).detail
-        assert "no option 'parts'" in doctor.check_scorer("x", "geneval", {"parts": 1}, True).detail
+        assert "no scorer 'genval'" in doctor_scorers.check_scorer("x", "genval", {}, True).detail
+        assert "no option 'parts'" in doctor_scorers.check_scorer("x", "geneval", {"parts": 1}, True).detail
 
     def test_every_scorer_is_checked_once(self) -> None:
         names = [name for name, _ in doctor.all_checks()]
@@ -342,8 +444,22 @@ class TestScorers:
         names = [name for name, _ in doctor.all_checks() if name.startswith("scorer geneval")]
         assert names == ["scorer geneval", "scorer geneval (other)"]
 
+    @pytest.mark.usefixtures("no_weights")
+    def test_the_default_of_a_scorer_is_required_only_where_an_embedded_preset_uses_it_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = '[model]\npath = "{}"\n[prompts]\ntrain = "x"\n[reward.scorers.geneval]\n'
+        (tmp_path / "small.toml").write_text('name = "small"\n' + base.format("models/x"))
+        text = 'name = "large"\n' + base.format("some/model") + 'options = { partial = "flow_grpo" }\n'
+        (tmp_path / "large.toml").write_text(text)
+        monkeypatch.setattr("ramctl.settings.resource_dir", lambda kind: tmp_path)
+        presets = [load_settings("small"), load_settings("large")]
+        required = {name: f.args[3] for name, f in doctor_scorers.scorer_checks(presets, deep=False)}  # type: ignore[attr-defined]
+        assert required["scorer geneval"] is True
+        assert required["scorer geneval (large)"] is False
+
     def test_the_drawn_scenes_are_judged_right_here(self) -> None:
-        check = doctor.check_scorer("scorer geneval", "geneval", {}, True)
+        check = doctor_scorers.check_scorer("scorer geneval", "geneval", {}, True)
         assert check.status == "ok", check
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ramctl.cli._output import console, result, say
 
 if TYPE_CHECKING:
-    from ramctl.doctor import Check
+    from ramctl.doctor_check import Check
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
 
@@ -19,11 +19,15 @@ def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor() -> None:
-    """Check the machine, the packages, the embedded model, every scorer; exit code 1 if something fails."""
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Load every scorer's weights, gigabytes in all, and try it.")
+    ] = False,
+) -> None:
+    """Check machine, packages, embedded model, scorers and presets; exit code 1 if something fails."""
     from ramctl.doctor import all_checks, passed, run_checks
 
-    checks = all_checks()
+    checks = all_checks(deep=deep)
     width = max(len(name) for name, _ in checks)
     found = []
     with console.status("looking…") if console.is_terminal else _Silent():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ramctl.errors import DataError, RamctlError
+from ramctl.errors import DataError, MissingDependencyError, RamctlError
 from ramctl.prompts import Prompt
 
 Images = NDArray[np.uint8]
@@ -121,6 +121,14 @@ class Scorer(ABC):
     @abstractmethod
     def self_test(self) -> SelfTest:
         """Score bundled (or drawn) pictures with known answers; never raises for a wrong answer."""
+
+    def missing(self) -> list[str]:
+        """What is absent, one line each with the command that gets it; cheap, loads nothing."""
+        try:
+            _ = self.version
+        except MissingDependencyError as error:
+            return [str(error)]
+        return []
 
     def load(self) -> None:  # noqa: B027 - optional to override
         """Import packages and read weights; called once before the first batch."""

@@ -8,11 +8,12 @@ import pytest
 
 from ramctl import doctor
 from ramctl.cli.app import main
-from ramctl.doctor import Check
+from ramctl.doctor_check import Check
 
 
 def run_with(checks: list[Check], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(doctor, "all_checks", lambda: [(check.name, lambda check=check: check) for check in checks])
+    asked = [(check.name, lambda check=check: check) for check in checks]
+    monkeypatch.setattr(doctor, "all_checks", lambda *, deep: asked)
     with pytest.raises(SystemExit) as caught:
         main(["doctor"])
     code = caught.value.code
@@ -41,6 +42,18 @@ def test_one_failure_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["✗ a  gone", "     → do this", "✓ b  fine"]
     assert captured.out.splitlines()[-1] == "RESULT doctor=failed"
+
+
+@pytest.mark.parametrize(("arguments", "deep"), [([], False), (["--deep"], True)])
+def test_weights_are_only_loaded_when_asked(
+    arguments: list[str], deep: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+    fine = [("python", lambda: Check("python", "ok", "3.12"))]
+    monkeypatch.setattr(doctor, "all_checks", lambda *, deep: asked.append(deep) or fine)
+    with pytest.raises(SystemExit):
+        main(["doctor", *arguments])
+    assert asked == [deep]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -472,6 +473,37 @@ def test_one_process_and_two_are_the_same_run(tiny_preset: Path, tmp_path: Path)
     # A run begun with two processes may be resumed with one.
     error = finish(command(preset, tmp_path / "two", *options, "--train.steps", "4"))
     assert "(step 3)" in error
+
+
+@pytest.mark.slow
+def test_two_nodes_under_torchrun_and_accelerate_launch_are_the_same_run(tiny_preset: Path, tmp_path: Path) -> None:
+    """Two launches of one process each, joined over a port, as on two machines that share a folder."""
+    options = ["--train.steps=1", "--checkpoint.every=1", "--prompts.evaluation=none", "--optimizer.epsilon=1e-3"]
+    options += ["--noisings-per-image=1", "--rollout.sampling-steps=2"]
+
+    def train(name: str) -> list[str]:
+        return ["-m", "ramctl", *command(tiny_preset, tmp_path / name, *options)[3:]]
+
+    python = [sys.executable, "-m"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [*python, "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    nodes = [
+        started([*torchrun, f"--master-port={port}", f"--node-rank={rank}", *train("nodes")]) for rank in range(2)
+    ]
+    for node in nodes:
+        _, error = node.communicate(timeout=240)
+        assert node.returncode == 0, error
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes=2", f"--main_process_port={port}"]
+    finish([*python, *accelerate, *train("accelerate")])
+    finish(command(tiny_preset, tmp_path / "one", *options))
+    expected = weights(tmp_path / "one" / "latest")
+    for name in ("nodes", "accelerate"):
+        found = weights(tmp_path / name / "latest")
+        for key, value in expected.items():
+            if not key.startswith("optimizer"):
+                torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=f"{name}: {key}")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ramctl.errors import DataError, RamctlError
+from ramctl.errors import DataError, MissingDependencyError, RamctlError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, Scores, SelfTest
 
@@ -141,3 +141,14 @@ def test_a_scorer_that_loses_an_image_is_a_bug_that_shows() -> None:
 
     with pytest.raises(RamctlError, match="1 results for 2 images"):
         Lossy().score(pictures(9, 9), prompts(2))
+
+
+def test_what_is_missing_is_what_the_version_lacks_and_nothing_is_loaded() -> None:
+    class Weightless(Brightness):
+        @property
+        def version(self) -> str:
+            raise MissingDependencyError("no weights: ramctl download-weights brightness")
+
+    scorer = Weightless()
+    assert scorer.missing() == ["no weights: ramctl download-weights brightness"]
+    assert Brightness().missing() == [] and scorer.loads == 0

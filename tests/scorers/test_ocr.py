@@ -14,9 +14,8 @@ import pytest
 
 from ramctl.errors import DataError, MissingDependencyError, ScorerError
 from ramctl.prompts import Prompt
-from ramctl.scorers import ocr
 from ramctl.scorers.base import Images, Scores
-from ramctl.scorers.ocr import OcrScorer, capped_distance, limit_aspect, normalise, target_text
+from ramctl.scorers.ocr import OcrScorer, capped_distance, limit_aspect, normalise, rapid, target_text
 from ramctl.tinyworld.grammar import sign_prompt
 from ramctl.tinyworld.renderer import render_sign
 
@@ -151,7 +150,7 @@ def test_noise_over_a_word_is_read_through(scorer: OcrScorer) -> None:
 
 def test_the_engine_gets_the_channels_in_its_own_order(scorer: OcrScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Images] = []
-    reader = ocr._Reader(192)
+    reader = rapid.RapidReader(192)
     monkeypatch.setattr(reader, "_engine", seen.append)
     image = np.zeros((20, 20, 3), dtype=np.uint8)
     image[..., 0] = 250
@@ -164,7 +163,7 @@ def test_lines_of_no_confidence_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
         txts = ("sure", "ghost")
         scores = (0.4, 0.0)
 
-    reader = ocr._Reader(192)
+    reader = rapid.RapidReader(192)
     monkeypatch.setattr(reader, "_engine", lambda image: Found())
     assert reader.read(BLANK) == ["sure"]
 
@@ -198,7 +197,7 @@ def test_the_version_names_rule_engine_weights_and_sizes() -> None:
     version = OcrScorer(detector_side=192).version
     assert version.startswith("ocr/flow-grpo-ocr-1/rapidocr-")
     assert "PP-OCRv6_det_small-" in version and "PP-OCRv6_rec_small-" in version
-    assert "side-192" in version and f"line-{ocr.LINE_WIDTH}" in version
+    assert "side-192" in version and f"line-{rapid.LINE_WIDTH}" in version
     assert version != OcrScorer(detector_side=320).version
 
 
@@ -352,19 +351,19 @@ def other_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     class Spec:
         origin = str(tmp_path / "rapidocr" / "__init__.py")
 
-    ocr._model_files.cache_clear()
-    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: Spec())
+    rapid.model_files.cache_clear()
+    monkeypatch.setattr(rapid.importlib.util, "find_spec", lambda name: Spec())
     yield folder
-    ocr._model_files.cache_clear()
+    rapid.model_files.cache_clear()
 
 
 def test_a_missing_model_file_is_named(other_models: Path) -> None:
-    with pytest.raises(MissingDependencyError, match=ocr.DETECTOR_FILE):
+    with pytest.raises(MissingDependencyError, match=rapid.DETECTOR_FILE):
         OcrScorer().ensure_loaded()
 
 
 def test_damaged_models_stop_the_start_instead_of_failing_every_picture(other_models: Path) -> None:
-    for name in (ocr.DETECTOR_FILE, ocr.RECOGNISER_FILE):
+    for name in (rapid.DETECTOR_FILE, rapid.RECOGNISER_FILE):
         (other_models / name).write_bytes(b"not a model")
     with pytest.raises(ScorerError, match=r"does not start.*pip install"):
         OcrScorer(threads=1).ensure_loaded()

@@ -48,7 +48,7 @@ def test_an_unknown_option_names_scorer_option_and_the_valid_ones() -> None:
     with pytest.raises(UsageError) as caught:
         registry.create("ocr", {"detector_size": 192})
     message = str(caught.value)
-    assert "'ocr'" in message and "'detector_size'" in message and "Did you mean 'detector_side'?" in message
+    assert "'ocr'" in message and "'detector_size'" in message and "Did you mean 'detector_side'" in message
     assert "threads (default None)" in message
 
 
