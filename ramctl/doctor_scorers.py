@@ -94,9 +94,9 @@ def check_preset(preset: Settings) -> Check:
 
 def _missing_sources(preset: Settings) -> list[str]:
     """The model and the prompt files that are not on this machine, as ``train --dry-run`` would say it."""
-    from ramctl.plan import _model_source, _prompt_files
+    from ramctl.plan import model_source, prompt_files
 
-    sources = [_model_source(preset.config)[1], *_prompt_files(preset.config)[0]]
+    sources = [model_source(preset.config)[1], *prompt_files(preset.config)[0]]
     return [f"{source.name}: {source.detail}" for source in sources if source.status != "found"]
 
 

@@ -194,11 +194,11 @@ def make_plan(config: Config, processes: int, device: str) -> Plan:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    folder, model_source = _model_source(config)
+    folder, source = model_source(config)
     skeleton = None
     if folder is not None:
-        skeleton, model_source = _skeleton(folder, config, model_source)
-    prompt_sources, prompts, evaluation_prompts = _prompt_files(config)
+        skeleton, source = _skeleton(folder, config, source)
+    prompt_sources, prompts, evaluation_prompts = prompt_files(config)
     sizes = _sizes(config, processes, evaluation_prompts)
     batches = _micro_batches(config, sizes, skeleton, place)
     memory = parameters = disk = None
@@ -216,7 +216,7 @@ def make_plan(config: Config, processes: int, device: str) -> Plan:
         parameters=parameters,
         memory=memory,
         disk=disk,
-        sources=(model_source, *prompt_sources),
+        sources=(source, *prompt_sources),
         scorers=_scorers(config, prompts),
     )
 
@@ -377,7 +377,7 @@ def _disk(config: Config, parameters: Parameters) -> Disk:
 # -- files and scorers ------------------------------------------------------------------------------------------------
 
 
-def _model_source(config: Config) -> tuple[Path | None, FileSource]:
+def model_source(config: Config) -> tuple[Path | None, FileSource]:
     """The model's folder where its configurations are at hand, and where its weights would come from."""
     path, name = config.model.path, f"model {config.model.path}"
     folder = find_model(path, with_t5=config.model.use_t5)
@@ -447,7 +447,7 @@ def _tokens(folder: Path) -> int | None:
         return None
 
 
-def _prompt_files(config: Config) -> tuple[list[FileSource], list[Prompt], int | None]:
+def prompt_files(config: Config) -> tuple[list[FileSource], list[Prompt], int | None]:
     """Both prompt files, the training prompts, and how many held-out prompts an evaluation uses."""
     source, prompts = _prompt_file("training prompts", config.prompts.train)
     if config.prompts.evaluation is None:

@@ -1,12 +1,15 @@
 """Prompt records and their JSONL files.
 
 A line of a prompt file is one JSON object with a ``prompt`` string; every other key is metadata for the scorers.
-GenEval's own ``evaluation_metadata.jsonl`` (``tag``, ``include``, ``exclude``, ``prompt``) is read as it is.
+GenEval's own ``evaluation_metadata.jsonl`` (``tag``, ``include``, ``exclude``, ``prompt``) is read as it is. A
+file whose name ends in ``.gz`` is gzip-compressed.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,20 +53,28 @@ def parse_prompt(line: str, where: str) -> Prompt:
     return Prompt(text=text, metadata={key: value for key, value in row.items() if key != "prompt"})
 
 
+def _read_lines(file: Path) -> list[str]:
+    # Not str.splitlines: captions may hold other line separators (U+2028, U+0085), which JSON leaves as they are.
+    if file.suffix != ".gz":
+        return file.read_text(encoding="utf-8").split("\n")
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return stream.read().split("\n")
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """All prompts of a file: JSON lines, or with the suffix ``.txt`` one plain prompt per line.
+    """All prompts of a file: JSON lines, or with the suffix ``.txt`` one plain prompt per line; ``.gz`` may follow.
 
     Raises:
-        DataError: no such file, no prompt in it, or a broken line (its number is named).
+        DataError: no such file, no prompt in it, a damaged ``.gz``, or a broken line (its number is named).
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = _read_lines(file)
     except FileNotFoundError:
         raise DataError(f"Prompt file {file} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"Prompt file {file} cannot be read: {error}.") from None
-    plain = file.suffix == ".txt"
+    plain = Path(file.stem if file.suffix == ".gz" else file.name).suffix == ".txt"
     prompts = [
         Prompt(text=line.strip()) if plain else parse_prompt(line, f"{file}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -75,11 +86,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
-    """Write prompts as JSON lines (UTF-8, keys in insertion order), ``prompt`` last."""
+    """Write prompts as JSON lines (UTF-8, keys in insertion order), ``prompt`` last; a ``.gz`` path compresses."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in prompts]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    if file.suffix == ".gz":
+        # Without the time of writing, so that the same prompts give the same file.
+        file.write_bytes(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0))
+    else:
+        file.write_text(text, encoding="utf-8")
 
 
 def spread_by_tag(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

@@ -81,7 +81,7 @@ class Model:
         Raises:
             UsageError: the folder holds another model than the one asked for, or names none.
         """
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         file = self.folder / _SETTINGS
         try:
