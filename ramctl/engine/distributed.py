@@ -17,9 +17,10 @@ from torch import distributed as dist
 class World:
     """This process' place among all; one process when torch.distributed is not running."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.size = size
+        self.device = device or torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -47,12 +48,15 @@ class World:
         return box[0]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all processes, in place, in one message per dtype."""
+        """Sum each tensor over all processes, in place, in one message per dtype.
+
+        The sum is made on this process' device, wherever the tensors lie: NCCL takes no other.
+        """
         if self.size == 1:
             return
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             chosen = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in chosen])
+            flat = torch.cat([t.reshape(-1).to(self.device) for t in chosen])
             dist.all_reduce(flat)
             for tensor, part in zip(chosen, torch.split(flat, [t.numel() for t in chosen]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -80,4 +84,5 @@ def connect(device: str) -> tuple[World, torch.device]:
         raise ConfigError('runtime.device is "cuda", but torch sees no CUDA device here. Use --device cpu or auto.')
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
-    return World(state.process_index, state.num_processes), torch.device("cpu") if use_cpu else state.device
+    place = torch.device("cpu") if use_cpu else state.device
+    return World(state.process_index, state.num_processes, place), place
