@@ -244,6 +244,9 @@ class RuntimeSection(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Autocast of forward passes; targets, losses and LoRA stay float32"
     )
+    compile: bool = Field(
+        default=False, description="Fuse the transformer's blocks with torch.compile: faster steps after a slower first"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
         default=0, description="CPU threads per process; 0 shares the cores among the processes"
     )

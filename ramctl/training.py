@@ -184,12 +184,17 @@ class Run:
         if self.world.is_main and config.reward.self_test:
             self.observer.note(f"Checking the scorers {', '.join(reward.names)} on pictures with known answers")
             reward.self_test()
+        reward.load()
         checkpoint = self._find_checkpoint()
         self.observer.note(f"Loading {config.model.path} on {self.device}")
         backbone = load_backbone(config, self.device)
         policy = Policy(backbone, config.lora, seed=config.train.seed)
         if config.train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing(policy.live)
+        if config.runtime.compile:
+            self.observer.note("Compiling while the first step runs, which takes longer than the others")
+            for network in (policy.live, policy.frozen):
+                backbone.compile(network)
         self.trainer = Trainer(
             config, backbone, policy, train_prompts, reward, self.world, progress=self.observer.phase
         )

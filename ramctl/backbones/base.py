@@ -105,6 +105,10 @@ class Backbone(ABC):
         """Make ``network`` recompute activations in the backward pass: less memory, more time, the same gradient."""
 
     @abstractmethod
+    def compile(self, network: nn.Module) -> None:
+        """Let torch.compile fuse the network's repeated blocks, in place; the first passes of each size take longer."""
+
+    @abstractmethod
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """Give ``network`` one trainable LoRA (float32), B = 0.
 

@@ -262,6 +262,14 @@ class StableDiffusion3(Backbone):
         """As diffusers models do it: every block is recomputed in the backward pass."""
         network.enable_gradient_checkpointing()  # type: ignore[operator]
 
+    def compile(self, network: nn.Module) -> None:
+        """Block by block: the three kinds of block are compiled once each, not all twenty-four."""
+        # One entry for each kind of block, batch size, and with or without gradient; the default of eight would send
+        # the rest back to eager mode without a word.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in network.transformer_blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
+
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""
         from peft import LoraConfig

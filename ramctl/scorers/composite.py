@@ -40,6 +40,11 @@ class Reward:
         """Scorer name → version string."""
         return {term.scorer.name: term.scorer.version for term in self.terms}
 
+    def load(self) -> None:
+        """Load every scorer, in the calling thread: which GPU is the current one is a matter of threads."""
+        for term in self.terms:
+            term.scorer.ensure_loaded()
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Let every scorer refuse prompts it cannot use, before anything is drawn."""
         for term in self.terms:
