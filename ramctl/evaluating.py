@@ -1,8 +1,7 @@
 """The held-out protocol: the library behind ``ramctl evaluate``.
 
-An evaluation is a folder: ``images/`` (pictures and their list), ``protocol.json`` (all that the pictures depend on),
-``scores.jsonl`` (one line per picture) and ``scores.json`` (protocol, hashes, versions and results). Pictures that the
-folder already has of the same protocol are kept. Several processes each draw and score their share; the first writes.
+An evaluation is a folder (:mod:`ramctl.evaluation_folder`). Pictures that it already has of the same protocol are kept,
+and so are the scores of these pictures. Several processes each draw and score their share; the first writes.
 """
 
 from __future__ import annotations
@@ -10,29 +9,62 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ramctl.config import Config, EvaluationSection, RewardTerm
+from ramctl.drawbench import drawbench_file, read_drawbench
 from ramctl.engine.distributed import World, connect
 from ramctl.engine.randomness import keyed_seed
-from ramctl.errors import DataError, RamctlError, ScorerError, UsageError
-from ramctl.evaluation_results import Compared, Evaluated, combine, compare, joined, results_json
+from ramctl.errors import RamctlError, ScorerError, UsageError
+from ramctl.evaluation_folder import (
+    HASHES,
+    IMAGES,
+    LINES,
+    PAGE,
+    PROTOCOL,
+    SCORES,
+    KeptScores,
+    choose_folder,
+    set_aside,
+    to_json,
+)
+from ramctl.evaluation_page import write_page
+from ramctl.evaluation_results import (
+    Compared,
+    Evaluated,
+    combine,
+    compare,
+    intervals_json,
+    joined,
+    results_json,
+    taken,
+)
 from ramctl.images import ImageRow
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag
 from ramctl.resources import find_resource
-from ramctl.sampling import DrawSettings, Picture, Progress, draw, list_pictures, picture_name
-from ramctl.scorers.base import Scorer
+from ramctl.sampling import (
+    Drawn,
+    DrawSettings,
+    Picture,
+    Progress,
+    draw,
+    list_pictures,
+    picture_name,
+    write_hashes,
+)
+from ramctl.scorers.base import ImageScore, Scorer, Scores
+from ramctl.scorers.folder import score_rows
 from ramctl.scoring import (
     ScoredImages,
     check_used,
     image_rows,
     make_scorers,
-    number,
     run_self_tests,
-    score_images,
     summarise,
     write_json_lines,
     write_whole,
@@ -42,7 +74,6 @@ from ramctl.sources import OpenModel, Source, find_source, open_source
 if TYPE_CHECKING:
     from torch import nn
 
-IMAGES, PROTOCOL, LINES, SCORES = "images", "protocol.json", "scores.jsonl", "scores.json"
 #: What ``compare`` may be besides a source: the checkpoint's own base model.
 BASE = "base"
 DRAWBENCH = "drawbench"
@@ -56,7 +87,8 @@ BASE_NETWORK: Network = "base"
 class Plan:
     """What is drawn and how it is judged, before any model is loaded.
 
-    ``prompts`` are those used of ``file``; ``terms`` give scorer → weight, scale and options.
+    ``prompts`` are those used of ``file``; ``terms`` give scorer → weight, scale and options; ``is_reward``: their
+    weighted sum means something.
     """
 
     file: Path
@@ -64,6 +96,7 @@ class Plan:
     limit: int
     settings: DrawSettings
     terms: Mapping[str, RewardTerm]
+    is_reward: bool = True
 
     @property
     def texts_hash(self) -> str:
@@ -111,7 +144,8 @@ class Request:
         settings: fields of :class:`~ramctl.sampling.DrawSettings`.
         output: the evaluation's folder; by default ``evaluations/<label>`` beside the checkpoint, and
             ``outputs/evaluations/<label>`` for a base model.
-        drawbench_metrics: scorers for the prompts of ``drawbench_prompts``; they go into ``drawbench/`` inside it.
+        drawbench_metrics: scorers for the prompts of ``drawbench_prompts``, or else for DrawBench's own as
+            ``ramctl download-weights`` fetches them; they go into ``drawbench/`` inside it.
     """
 
     source: str
@@ -149,14 +183,15 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
     other = _find_other(request, found, preset)
     config = preset or found.config
     plans = [make_plan(request, config), *_drawbench_plan(request, config)]
-    scorers = [make_scorers(list(p.terms), {name: term.options for name, term in p.terms.items()}) for p in plans]
+    scorers = _make_scorers(plans)
     for plan, chosen in zip(plans, scorers, strict=True):
         for scorer in chosen:
             scorer.check_prompts(plan.prompts)
+            _ = scorer.version  # weights that are missing are reported here, not when everything is drawn
     world, _ = connect(request.device)
     _share_cores(world)
     if request.self_test and world.is_main:
-        run_self_tests([scorer for chosen in scorers for scorer in chosen])
+        run_self_tests(list({id(scorer): scorer for chosen in scorers for scorer in chosen}.values()))
     model = open_source(found, device=request.device, precision=request.precision, which=request.weights)
     second, network = model, BASE_NETWORK
     if other is not None:
@@ -173,6 +208,18 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
     return Report(mine, compared, drawbench, drawbench_compared, world.is_main)
 
 
+def _make_scorers(plans: Sequence[Plan]) -> list[list[Scorer]]:
+    """Each plan's scorers; one made the same way for two plans is made once, as its weights may fill a GPU."""
+    made: dict[str, Scorer] = {}
+    chosen = []
+    for plan in plans:
+        keys = {name: json.dumps([name, term.options], sort_keys=True) for name, term in plan.terms.items()}
+        new = {name: dict(plan.terms[name].options) for name, key in keys.items() if key not in made}
+        made.update({keys[scorer.name]: scorer for scorer in make_scorers(list(new), new)})
+        chosen.append([made[key] for key in keys.values()])
+    return chosen
+
+
 def _one_plan(
     work: _Work,
     request: Request,
@@ -186,6 +233,8 @@ def _one_plan(
     else:
         mine = work.run(model, OWN_NETWORK, None, before[0].folder / DRAWBENCH)
     if request.compare is None:
+        if work.world.is_main:
+            _write_pages(mine, None)
         return mine, None
     place = _default_folder(second, network)
     if before is not None and before[1] is not None:
@@ -196,6 +245,7 @@ def _one_plan(
     compared = compare(mine, other)
     if work.world.is_main:
         _write_comparison(mine.folder / SCORES, compared)
+        _write_pages(mine, compared)
     work.world.barrier()
     return mine, compared
 
@@ -223,26 +273,28 @@ def make_plan(request: Request, config: Config | None) -> Plan:
             term = terms[name]
             terms[name] = term.model_copy(update={"options": {**term.options, **options}})
     section = config.evaluation if config is not None else EvaluationSection()
-    return _plan(request, section, given, section.prompts, terms)
+    file = find_resource(given)
+    return _plan(request, section, file, read_prompts(file), section.prompts, terms)
 
 
 def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
     if not request.drawbench_metrics:
         return []
-    if request.drawbench_prompts is None:
-        raise UsageError(
-            "DrawBench's prompts are not shipped (no licence): give your copy with --drawbench-prompts FILE."
-        )
     section = config.evaluation if config is not None else EvaluationSection()
     terms = {name: RewardTerm(options=dict(request.options.get(name, {}))) for name in request.drawbench_metrics}
-    return [_plan(request, section, request.drawbench_prompts, 0, terms)]
+    file = drawbench_file(request.drawbench_prompts)
+    plan = _plan(request, section, file, read_drawbench(file), 0, terms)
+    return [replace(plan, is_reward=len(terms) == 1)]
 
 
 def _plan(
-    request: Request, section: EvaluationSection, given: str | Path, limit: int, terms: Mapping[str, RewardTerm]
+    request: Request,
+    section: EvaluationSection,
+    file: Path,
+    prompts: Sequence[Prompt],
+    limit: int,
+    terms: Mapping[str, RewardTerm],
 ) -> Plan:
-    file = find_resource(given)
-    prompts = read_prompts(file)
     limit = limit if request.limit is None else request.limit
     if limit < 0:
         raise UsageError(f"limit must be 0 (all prompts) or more, got {limit}.")
@@ -266,21 +318,21 @@ class _Work:
         mine = [pictures[i] for i in share]
         # Only now: the two networks of a checkpoint are one module, loaded in turn.
         weights: nn.Module = model.network() if network == "own" else model.base_network()
-        images = folder / IMAGES
         label = BASE if network == "base" else model.label
-        kept = draw(
+        drawn = draw(
             model.backbone,
             weights,
             mine,
             self.plan.settings,
-            images,
+            folder / IMAGES,
             phase=f"drawing {label}",
             progress=self.progress,
             list_them=False,
+            hash_list=folder / HASHES,
         )
         if self.world.is_main:
-            list_pictures(images, pictures)
-        evaluated = self._score(folder, pictures, mine, label, kept)
+            list_pictures(folder / IMAGES, pictures)
+        evaluated = self._score(folder, pictures, mine, label, drawn)
         if self.world.is_main:
             self._write(evaluated, protocol, model, network)
         self.world.barrier()
@@ -292,8 +344,8 @@ class _Work:
         folder = Path()
         if self.world.is_main:
             try:
-                folder = _choose_folder(given, default, protocol)
-                write_whole(folder / PROTOCOL, _json(protocol))
+                folder = choose_folder(given, default, protocol)
+                write_whole(folder / PROTOCOL, to_json(protocol))
             except RamctlError as error:
                 problem = error
         told, place = self.world.broadcast((None if problem is None else str(problem), str(folder)))
@@ -302,15 +354,15 @@ class _Work:
         return Path(place)
 
     def _score(
-        self, folder: Path, pictures: Sequence[Picture], mine: Sequence[Picture], label: str, kept: int
+        self, folder: Path, pictures: Sequence[Picture], mine: Sequence[Picture], label: str, drawn: Drawn
     ) -> Evaluated:
         images = folder / IMAGES
-        rows = [ImageRow(images / picture.name, picture.prompt) for picture in mine]
-        scored = score_images(rows, self.scorers, progress=self.progress)
-        parts = self.world.gather((dict(scored.scores), kept))
-        scores = {name: joined([part[0][name] for part in parts]) for name in scored.scores}
-        everything = [ImageRow(images / picture.name, picture.prompt) for picture in pictures]
-        whole = ScoredImages(everything, scores, scored.versions)
+        kept = KeptScores(folder, self.plan.file_hash)
+        found = {scorer.name: self._ask(scorer, folder, mine, drawn, kept) for scorer in self.scorers}
+        parts = self.world.gather(({name: scores for name, (scores, _) in found.items()}, drawn))
+        scores = {name: joined([part[0][name] for part in parts]) for name in found}
+        rows = [ImageRow(images / picture.name, picture.prompt) for picture in pictures]
+        whole = ScoredImages(rows, scores, {scorer.name: scorer.version for scorer in self.scorers})
         useless = whole.without_result()
         if useless:
             raise ScorerError(
@@ -318,10 +370,45 @@ class _Work:
                 f"{whole.scores[useless[0]].errors[0]}"
             )
         total = combine(scores, self.plan.terms)
-        summary = summarise(total, [row.prompt for row in everything])
-        count = self.plan.settings.images_per_prompt
-        drawn_before = sum(part[1] for part in parts)
-        return Evaluated(label, folder, whole, total, summary, whole.summaries(), count, drawn_before)
+        return Evaluated(
+            label,
+            folder,
+            whole,
+            total,
+            summarise(total, [row.prompt for row in rows]),
+            whole.summaries(),
+            self.plan.settings.images_per_prompt,
+            kept=sum(part[1].kept for part in parts),
+            changed=[name for part in parts for name in part[1].changed],
+            kept_scores=sum(self.world.gather(sum(count for _, count in found.values()))),
+            hashes={name: digest for part in parts for name, digest in part[1].hashes.items()},
+            has_total=self.plan.is_reward,
+        )
+
+    def _ask(
+        self, scorer: Scorer, folder: Path, mine: Sequence[Picture], drawn: Drawn, kept: KeptScores
+    ) -> tuple[Scores, int]:
+        """The scorer's word on this process' pictures, and how often it had been said before."""
+        options, version = self.plan.terms[scorer.name].options, scorer.version
+        said: dict[int, ImageScore] = {}
+        for i, picture in enumerate(mine):
+            digest = drawn.hashes[picture.name]
+            known = kept.find(scorer.name, version, options, f"{IMAGES}/{picture.name}", digest)
+            if known is not None:
+                said[i] = known
+        asked = [i for i in range(len(mine)) if i not in said]
+        rows = [ImageRow(folder / IMAGES / mine[i].name, mine[i].prompt) for i in asked]
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress is not None:
+                self.progress(scorer.name, done, len(rows))
+
+        answers = score_rows(scorer, rows, on_progress=advance) if rows else Scores.collect([])
+        together = joined([Scores.collect(list(said.values())), answers])
+        return taken(together, np.argsort([*said, *asked])), len(said)
 
     def _write(self, evaluated: Evaluated, protocol: Mapping[str, Any], model: OpenModel, network: Network) -> None:
         from ramctl.training import versions
@@ -344,15 +431,20 @@ class _Work:
                 "prompt_file": str(plan.file),
                 "prompt_file_sha256": plan.file_hash,
                 "prompt_limit": plan.limit,
+                "pictures_sha256": HASHES,
             },
             "scorers": scorers,
             "versions": versions(),
             "processes": self.world.size,
             "results": results_json(evaluated),
         }
-        _set_aside(folder, scorers)
-        write_json_lines(folder / LINES, image_rows(evaluated.scored, relative_to=folder))
-        write_whole(folder / SCORES, _json(content))
+        set_aside(folder, scorers)
+        write_hashes(folder / HASHES, folder / IMAGES, evaluated.hashes)
+        rows = image_rows(evaluated.scored, relative_to=folder)
+        names = [row.path.name for row in evaluated.scored.rows]
+        lines = [{**row, "sha256": evaluated.hashes[name]} for row, name in zip(rows, names, strict=True)]
+        write_json_lines(folder / LINES, lines)
+        write_whole(folder / SCORES, to_json(content))
 
 
 def drawing_protocol(plan: Plan, model: OpenModel, network: Network) -> dict[str, Any]:
@@ -405,76 +497,20 @@ def _default_folder(model: OpenModel, network: Network) -> Path:
     return model.checkpoint.parent / "evaluations" / name
 
 
-def _choose_folder(given: Path | None, default: Path, protocol: Mapping[str, Any]) -> Path:
-    """The given folder when it is new, empty or of this protocol; else the default, numbered until it is.
-
-    Raises:
-        DataError: the given folder holds something else (what differs is named).
-    """
-    if given is not None:
-        if given.exists() and not given.is_dir():
-            raise DataError(f"Output folder {given} is a file; choose another with --output.")
-        problem = _other_content(given, protocol)
-        if problem is not None:
-            raise DataError(f"Output folder {given} {problem}; choose another with --output.")
-        return given
-    candidate, count = default, 1
-    while _other_content(candidate, protocol) is not None:
-        count += 1
-        candidate = default.with_name(f"{default.name}-{count}")
-    return candidate
-
-
-def _other_content(folder: Path, protocol: Mapping[str, Any]) -> str | None:
-    """Why this protocol's pictures cannot go into the folder, or None."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    try:
-        old = json.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
-        differing = [key for key in dict.fromkeys((*old, *protocol)) if old.get(key) != protocol.get(key)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"is not empty and is no evaluation (no readable {PROTOCOL})"
-    if not differing:
-        return None
-    shown = "; ".join(
-        f"{key}: {old.get(key)} → {protocol.get(key)}" if not isinstance(old.get(key), dict) else key
-        for key in differing[:3]
-    )
-    return f"holds an evaluation with other settings ({shown})"
-
-
-def _set_aside(folder: Path, scorers: Mapping[str, Any]) -> None:
-    """Keep the results of other scorers on the same pictures under a numbered name."""
-    try:
-        old = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scorers"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if old == json.loads(_json(scorers)):
-        return
-    count = 2
-    while (folder / f"scores-{count}.json").exists():
-        count += 1
-    for name in (LINES, SCORES):
-        file = folder / name
-        if file.exists():
-            file.rename(file.with_stem(f"{file.stem}-{count}"))
-
-
-def _write_comparison(file: Path, compared: Compared | None) -> None:
-    if compared is None:
-        return
+def _write_comparison(file: Path, compared: Compared) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     content["comparison"] = {
         "other": compared.other.label,
         "folder": str(compared.other.folder),
         "results": results_json(compared.other),
-        "differences": {
-            name: {"mean": number(mean), "low": number(low), "high": number(high)}
-            for name, (mean, low, high) in compared.differences.items()
-        },
+        "differences": intervals_json(compared.differences),
+        "scorer_differences": intervals_json(compared.scorer_differences),
     }
-    write_whole(file, _json(content))
+    write_whole(file, to_json(content))
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _write_pages(evaluated: Evaluated, compared: Compared | None) -> None:
+    """The page of each folder; that of the source shows the comparison."""
+    write_page(evaluated.folder / PAGE, evaluated, compared)
+    if compared is not None and compared.other.folder != evaluated.folder:
+        write_page(compared.other.folder / PAGE, compared.other, None)

@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramctl.charts import Panel, Row, Series, number, points_of, spans_decades, svg
 from ramctl.errors import DataError, RunFolderError
+
+if TYPE_CHECKING:
+    import jinja2
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -133,14 +136,8 @@ def render_report(report: Report) -> str:
     Raises:
         DataError: a grid whose prompts, images and scores do not belong together.
     """
-    import jinja2
     from markupsafe import Markup
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = number
     mark = None if report.best_step is None else (float(report.best_step), "best checkpoint")
     charts = [
         (
@@ -151,7 +148,7 @@ def render_report(report: Report) -> str:
         for heading, text, panels in _sections(report)
         if panels
     ]
-    return environment.get_template("report.html.j2").render(
+    return page_template("report.html.j2").render(
         report=report,
         status=_STATUS_WORDS[report.status],
         facts=_facts(report),
@@ -162,6 +159,18 @@ def render_report(report: Report) -> str:
         left_out=max(0, len(_prompts(report.grids)) - MAX_PROMPTS),
         config=_config_sections(report.config),
     )
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A page of ``ramctl/templates``: what goes into it is escaped, and a name that it lacks is an error."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = number
+    return environment.get_template(name)
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -207,9 +216,9 @@ def _from_evaluations(report: Report) -> list[Comparison]:
 
 
 def _headline(comparison: Comparison) -> dict[str, str]:
-    detail = [f"{_signed(comparison.after - comparison.before)}"]
+    detail = [f"{signed(comparison.after - comparison.before)}"]
     if comparison.low is not None and comparison.high is not None:
-        detail.append(f"95 % interval {_signed(comparison.low)} to {_signed(comparison.high)}")
+        detail.append(f"95 % interval {signed(comparison.low)} to {signed(comparison.high)}")
     if comparison.count:
         detail.append(f"{comparison.count:,} prompts")
     return {
@@ -220,7 +229,8 @@ def _headline(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference for people: ``+0.123``, ``−1.20``."""
     return ("+" if value >= 0 else "−") + number(abs(value))
 
 
@@ -391,14 +401,14 @@ def _picture(grid: Grid, prompt: str) -> dict[str, Any]:
     }
 
 
-def data_uri(image: NDArray[np.uint8]) -> str:
-    """A picture uint8 [H, W, 3] as a data URI: a PNG, for large pictures a JPEG."""
+def data_uri(image: NDArray[np.uint8], max_side: int = MAX_SIDE) -> str:
+    """A picture uint8 [H, W, 3] as a data URI: a PNG, for large pictures a JPEG of at most ``max_side``."""
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()
     if max(image.shape[:2]) > LOSSLESS_SIDE:
-        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         picture.save(buffer, "JPEG", quality=90)
         kind = "jpeg"
     else:

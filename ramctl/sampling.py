@@ -6,10 +6,11 @@ by what it is for, and each is written as soon as it is drawn.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ramctl import __version__
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
 from ramctl.engine.randomness import keyed_seed
-from ramctl.engine.rollout import auto_micro_batch, generate
-from ramctl.errors import DataError, RamctlError, UsageError
+from ramctl.engine.rollout import generate
+from ramctl.engine.samplers import SAMPLERS, Sampler
+from ramctl.errors import DataError, RamctlError, UsageError, did_you_mean
 from ramctl.images import GRID, METADATA, Image, load_image, make_grid, save_png
+from ramctl.lora_export import WithLora
 from ramctl.prompts import Prompt, write_prompts
 from ramctl.runfolder import numbered
+from ramctl.scoring import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +58,7 @@ class DrawSettings:
     negative_prompt: str
     seed: int
     images_per_prompt: int
+    sampler: Sampler = "euler"
 
     def __post_init__(self) -> None:
         for name, least in (("sampling_steps", 1), ("images_per_prompt", 1), ("seed", 0)):
@@ -60,6 +66,11 @@ class DrawSettings:
                 raise UsageError(f"{name} must be {least} or more, got {getattr(self, name)}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale must be 0 or more (1 is none), got {self.guidance_scale}.")
+        if self.sampler not in SAMPLERS:
+            raise UsageError(
+                f"There is no sampler {self.sampler!r}; choose {' or '.join(SAMPLERS)}."
+                f"{did_you_mean(self.sampler, SAMPLERS)}"
+            )
 
     @classmethod
     def of(cls, section: EvaluationSection) -> DrawSettings:
@@ -70,6 +81,7 @@ class DrawSettings:
             section.negative_prompt,
             section.seed,
             section.images_per_prompt,
+            section.sampler,
         )
 
     def changed(self, **values: Any) -> DrawSettings:
@@ -84,6 +96,18 @@ class Picture:
     name: str
     prompt: Prompt
     seed: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What :func:`draw` found and did: ``kept`` pictures were there, those ``changed`` were there but other ones.
+
+    ``hashes`` are the SHA-256 of the pictures' files by name, those of the pictures asked for.
+    """
+
+    kept: int
+    changed: tuple[str, ...]
+    hashes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -102,14 +126,18 @@ def picture_name(prompt: int, image: int, images_per_prompt: int) -> str:
     return f"{prompt:05d}.png" if images_per_prompt == 1 else f"{prompt:05d}-{image:02d}.png"
 
 
-def check_request(source: Source, prompts: Sequence[Prompt], output: Path | None, *, compare_base: bool) -> None:
+def check_request(
+    source: Source, prompts: Sequence[Prompt], output: Path | None, *, compare_base: bool, with_lora: bool = False
+) -> None:
     """Refuse what :func:`sample` cannot do, before a model is loaded for it; raises the same errors."""
     if not prompts:
         raise UsageError("No prompts: give --prompt TEXT (repeatable) or --prompts FILE.")
     if not all(prompt.text.strip() for prompt in prompts):
         raise UsageError("A prompt is empty; write what the picture should show.")
-    if compare_base and source.checkpoint is None:
-        raise UsageError(f"{source.label} is a base model; --compare-base needs a checkpoint to compare with it.")
+    if compare_base and source.checkpoint is None and not with_lora:
+        raise UsageError(
+            f"{source.label} is a base model; --compare-base needs a checkpoint or a --lora to compare with it."
+        )
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"Output folder {output} exists and is not empty; choose another with --output.")
 
@@ -135,7 +163,7 @@ def sample(
         UsageError: no prompts, an empty one, or ``compare_base`` for a base model.
         DataError: ``output`` is not empty.
     """
-    check_request(model.source, prompts, output, compare_base=compare_base)
+    check_request(model.source, prompts, output, compare_base=compare_base, with_lora=isinstance(model, WithLora))
     folder = output or numbered(Path("outputs") / "samples" / model.label)
     count = settings.images_per_prompt
     pictures = [
@@ -166,40 +194,93 @@ def draw(
     progress: Progress | None = None,
     micro_batch: int = 0,
     list_them: bool = True,
-) -> int:
+    hash_list: Path | None = None,
+) -> Drawn:
     """Draw the pictures that are not in the folder yet, and list all of them in its ``metadata.jsonl``.
 
     A batch with a missing picture is drawn as a whole, so that each picture comes from the same batch, bit for bit,
     whether or not the work was interrupted.
 
-    Returns:
-        how many pictures were there already.
+    Args:
+        hash_list: where the SHA-256 of each picture is noted before it gets its name (as ``sha256sum`` writes it,
+            relative to the list's folder). A picture that is there but is not the one noted is drawn anew. Without a
+            list, every picture that can be read counts as drawn.
     """
     size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
     folder.mkdir(parents=True, exist_ok=True)
+    at_once = MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
+    known = None if hash_list is None else read_hashes(hash_list)
+    hashes: dict[str, str] = {}
+    changed: list[str] = []
     kept = 0
     for start in range(0, len(pictures), size):
         batch = pictures[start : start + size]
-        missing = [i for i, picture in enumerate(batch) if not _is_drawn(folder / picture.name)]
+        missing = []
+        for i, picture in enumerate(batch):
+            digest = _drawn_hash(folder / picture.name)
+            if digest is not None and (known is None or known.get(_listed(folder, picture.name)) == digest):
+                hashes[picture.name] = digest
+                continue
+            missing.append(i)
+            if (folder / picture.name).exists():
+                changed.append(picture.name)
         kept += len(batch) - len(missing)
         if missing:
-            images = generate(
-                backbone,
-                network,
-                [picture.prompt.text for picture in batch],
-                [picture.seed for picture in batch],
-                steps=settings.sampling_steps,
-                guidance_scale=settings.guidance_scale,
-                negative_prompt=settings.negative_prompt,
-                micro_batch=size,
-            ).images
-            for i in missing:
-                _save_whole(images[i], folder / batch[i].name)
+            images = _generate(backbone, network, batch, settings, at_once)
+            hashes.update({batch[i].name: _save_whole(images[i], folder / batch[i].name, hash_list) for i in missing})
         if progress is not None:
             progress(phase, start + len(batch), len(pictures))
     if list_them:
         list_pictures(folder, pictures)
-    return kept
+    return Drawn(kept, tuple(changed), hashes)
+
+
+def _generate(
+    backbone: Backbone, network: nn.Module, batch: Sequence[Picture], settings: DrawSettings, at_once: MicroBatch
+) -> Image:
+    return generate(
+        backbone,
+        network,
+        [picture.prompt.text for picture in batch],
+        [picture.seed for picture in batch],
+        steps=settings.sampling_steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        sampler=settings.sampler,
+        micro_batch=at_once,
+    ).images
+
+
+def read_hashes(path: Path) -> dict[str, str]:
+    """A list as ``sha256sum`` writes it, by file; of a file listed twice the later line, broken lines left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    parted = [line.partition("  ") for line in lines]
+    return {name: digest for digest, gap, name in parted if gap and len(digest) == 64}
+
+
+def write_hashes(path: Path, folder: Path, hashes: Mapping[str, str]) -> None:
+    """Replace a list by that of these pictures of a folder beside it.
+
+    Raises:
+        RamctlError: it cannot be written.
+    """
+    write_whole(path, "".join(f"{digest}  {_listed(folder, name)}\n" for name, digest in hashes.items()))
+
+
+def _note(path: Path, line: str) -> None:
+    """Append a line in one piece, so that several processes can; on a line of its own after one cut short."""
+    with path.open("ab+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        torn = size > 0 and stream.read() != b"\n"
+        stream.write((("\n" if torn else "") + line).encode())
+
+
+def _listed(folder: Path, name: str) -> str:
+    return f"{folder.name}/{name}"
 
 
 def list_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
@@ -214,22 +295,32 @@ def _without_file(prompt: Prompt) -> dict[str, Any]:
     return {key: value for key, value in prompt.metadata.items() if key not in ("file_name", "file")}
 
 
-def _is_drawn(path: Path) -> bool:
+def _drawn_hash(path: Path) -> str | None:
+    """The SHA-256 of a picture's file, None where there is no readable picture."""
     if not path.is_file():
-        return False
+        return None
     try:
         load_image(path)
-    except DataError:
-        return False  # cut off while it was written
-    return True
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (DataError, OSError):
+        return None  # cut off while it was written
 
 
-def _save_whole(image: Image, path: Path) -> None:
-    """Write a picture under a hidden name first, so that a file with its name is whole."""
+def _save_whole(image: Image, path: Path, hash_list: Path | None) -> str:
+    """Write a picture under a hidden name first, so that a file with its name is whole; its SHA-256.
+
+    The hash is noted before that name is given: a picture that is there and not noted is none of ours.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
         save_png(image, temporary)
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        if hash_list is not None:
+            _note(hash_list, f"{digest}  {_listed(path.parent, path.name)}\n")
         temporary.replace(path)
+        return digest
+    except OSError as error:
+        raise RamctlError(f"{path} cannot be written: {error.strerror or error}.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -256,6 +347,7 @@ def _write_facts(path: Path, model: OpenModel, settings: DrawSettings, compare_b
         "checkpoint": str(model.checkpoint) if model.checkpoint else None,
         "model": model.model.model_dump(),
         "weights": model.which if model.checkpoint else "base",
+        **({"lora": str(model.file)} if isinstance(model, WithLora) else {}),
         "sha256": model.hashes,
         "device": model.backbone.device.type,
         "precision": model.precision,

@@ -18,9 +18,9 @@ import pytest
 from ramctl.config import RewardTerm
 from ramctl.engine.evaluation import evaluate as engine_evaluate
 from ramctl.engine.metrics import paired_interval
-from ramctl.errors import DataError, ScorerError, UsageError
+from ramctl.errors import DataError, MissingDependencyError, ScorerError, UsageError
 from ramctl.evaluating import Request, evaluate, make_plan
-from ramctl.evaluation_results import Evaluated, combine, compare, comparison_table, result_lines
+from ramctl.evaluation_results import Evaluated, combine, compare, comparison_table, result_lines, results_table
 from ramctl.images import ImageRow, load_image, read_image_folder
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag, write_prompts
 from ramctl.scorers.base import ImageScore, Scores
@@ -29,6 +29,7 @@ from ramctl.scorers.registry import create
 from ramctl.scoring import ScoredImages, score_folder, summarise
 from ramctl.settings import Settings
 from ramctl.sources import open_source
+from ramctl.weights import find_entry
 
 
 @pytest.fixture
@@ -87,6 +88,8 @@ def test_everything_that_the_numbers_depend_on_is_recorded(
         "resolution": 64,
         "precision": "float32",
         "device": "cpu",
+        "sampler": "euler",
+        "dtype": "float32",
         "prompt_file": str(prompts),
         "prompt_file_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
     }
@@ -120,6 +123,70 @@ def test_pictures_of_the_same_protocol_are_kept(request_: Request) -> None:
     assert second.evaluated.folder == folder and files(folder) == before
     assert all((folder / "images" / name).stat().st_mtime_ns == time for name, time in times.items())
     assert second.evaluated.summary == first.evaluated.summary
+
+
+def test_kept_pictures_are_not_scored_again(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ramctl.scorers.geneval.scorer import GenEvalScorer
+
+    asked: list[int] = []
+    original = GenEvalScorer.score_batch
+
+    def counted(self: GenEvalScorer, images: Any, prompts: Any) -> Any:
+        asked.append(len(images))
+        return original(self, images, prompts)
+
+    monkeypatch.setattr(GenEvalScorer, "score_batch", counted)
+    wanted = replace(request_, self_test=False)
+    first = evaluate(wanted)
+    assert asked == [6] and first.evaluated.kept_scores == 0
+    second = evaluate(wanted)
+    assert asked == [6] and second.evaluated.kept_scores == 6
+    pairs = zip(first.evaluated.scored.scores.values(), second.evaluated.scored.scores.values(), strict=True)
+    for before, after in pairs:
+        np.testing.assert_allclose(after.value, before.value, rtol=1e-7)
+        np.testing.assert_array_equal(after.strict, before.strict)
+        assert [json.loads(json.dumps(r)) for r in before.records] == list(after.records)
+        assert before.details.keys() == after.details.keys()
+    picture = first.evaluated.folder / "images" / "00002.png"
+    shutil.copy(first.evaluated.folder / "images" / "00000.png", picture)
+    third = evaluate(wanted)
+    assert third.evaluated.changed == ["00002.png"] and "00002.png" in third.evaluated.notes()[0]
+    assert asked == [6] and third.evaluated.kept_scores == 6  # drawn again, it is the picture that was scored
+    evaluate(replace(wanted, options={"geneval": {"partial": "flow_grpo"}}))
+    assert asked == [6, 6]
+
+
+def test_scores_of_another_prompt_file_are_not_kept(
+    request_: Request, tmp_path: Path, tiny_prompts: list[Prompt]
+) -> None:
+    """The same texts draw the same pictures; what a scorer reads beside them may differ."""
+    write_prompts(tmp_path / "one.jsonl", tiny_prompts)
+    write_prompts(tmp_path / "two.jsonl", [Prompt(p.text, {**p.metadata, "note": "x"}) for p in tiny_prompts])
+    wanted = [
+        replace(request_, prompts=tmp_path / name, output=tmp_path / "out") for name in ("one.jsonl", "two.jsonl")
+    ]
+    assert [evaluate(each).evaluated.kept_scores for each in (*wanted, wanted[1])] == [0, 0, 6]
+
+
+def test_failed_scores_are_tried_again(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ramctl.scorers.jpeg import JpegCompressibility
+
+    original = JpegCompressibility.score_image
+    broken = iter([True])
+
+    def first_fails(self: JpegCompressibility, image: Any, prompt: Prompt) -> ImageScore:
+        if next(broken, False):
+            raise OSError("out of luck")
+        return original(self, image, prompt)
+
+    monkeypatch.setattr(JpegCompressibility, "score_image", first_fails)
+    wanted = replace(request_, rewards=("jpeg-compressibility",), self_test=False)
+    assert evaluate(wanted).evaluated.summary.failed == 1
+    again = evaluate(wanted).evaluated
+    assert (again.summary.failed, again.kept_scores) == (0, 5)
+    expected = score_folder(again.folder / "images", [create("jpeg-compressibility")])
+    np.testing.assert_allclose(again.total.value, expected.scores["jpeg-compressibility"].value, rtol=1e-7)
+    assert len(set(again.total.value)) > 1
 
 
 def test_other_settings_go_into_another_folder(request_: Request, run_folder: Path) -> None:
@@ -204,16 +271,36 @@ def test_the_policys_own_weights_are_another_evaluation(request_: Request, run_f
 
 
 def test_drawbench_metrics_score_prompts_of_the_users(request_: Request, tmp_path: Path) -> None:
-    write_prompts(tmp_path / "drawbench.jsonl", [Prompt("a red cube"), Prompt("two dogs")])
+    write_prompts(tmp_path / "drawbench.jsonl", [Prompt("a red cube"), Prompt("two dogs"), Prompt("a red cube")])
     wanted = replace(request_, drawbench_metrics=("jpeg-incompressibility",))
-    with pytest.raises(UsageError, match="--drawbench-prompts"):
-        evaluate(wanted)
     report = evaluate(replace(wanted, drawbench_prompts=tmp_path / "drawbench.jsonl", compare="base"))
     assert report.drawbench is not None and report.drawbench_compared is not None
     assert report.drawbench.folder == report.evaluated.folder / "drawbench"
     assert [row.prompt.text for row in report.drawbench.scored.rows] == ["a red cube", "two dogs"]
     assert list(scores_of(report.drawbench.folder)["scorers"]) == ["jpeg-incompressibility"]
     assert report.drawbench_compared.other.folder.parent.name == "base"
+
+
+def test_drawbenchs_own_prompts_come_from_the_store(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAMCTL_WEIGHTS", str(tmp_path))
+    metrics = ("jpeg-incompressibility", "jpeg-compressibility")
+    wanted = replace(request_, drawbench_metrics=metrics, rewards=metrics[:1])
+    with pytest.raises(MissingDependencyError, match=r"ramctl download-weights drawbench; .*--drawbench-prompts"):
+        evaluate(wanted)
+    entry = find_entry("drawbench")
+    (tmp_path / "drawbench").mkdir()
+    (tmp_path / "drawbench" / entry.files[0].path).write_text(
+        "Prompts,Category\na red cube,Colors\ntwo dogs,Counting\n"
+    )
+    report = evaluate(wanted)
+    assert report.drawbench is not None
+    assert [row.prompt.tag for row in report.drawbench.scored.rows] == ["Colors", "Counting"]
+    # A sum of metrics of different kinds is no result.
+    assert "value" not in dict(result_lines(report.drawbench, None))
+    assert "mean" not in scores_of(report.drawbench.folder)["results"]
+    assert "jpeg-compressibility/mean_low" in dict(result_lines(report.drawbench, None))
 
 
 def test_the_limit_spreads_over_the_kinds(tiny_settings: Settings, tiny_prompts: list[Prompt], tmp_path: Path) -> None:
@@ -301,6 +388,48 @@ def test_a_scorer_without_yes_or_no_has_no_strict_difference() -> None:
     assert set(compare(with_strict, without).differences) == {"value"}
 
 
+def test_one_value_for_all_pictures_is_worth_a_word() -> None:
+    assert _evaluated([0.5] * 7, None, 1).notes() == []
+    assert "a gave all 8 pictures the same value, 0.5" in _evaluated([0.5] * 8, None, 1).notes()[0]
+    assert _evaluated([0.5] * 8 + [0.6], None, 1).notes() == []
+
+
+def _of_kinds(strict: dict[str, list[float]], per_prompt: int = 1) -> Evaluated:
+    prompts = [Prompt(str(i), {"tag": tag}) for tag, values in strict.items() for i in range(len(values))]
+    results: list[ImageScore | str] = [
+        "failed" if np.isnan(v) else ImageScore(v / 2, v, {"official": v}) for values in strict.values() for v in values
+    ]
+    scores = Scores.collect(results)
+    summary = summarise(scores, prompts)
+    rows = [ImageRow(Path(f"{i}.png"), prompt) for i, prompt in enumerate(prompts)]
+    return Evaluated(
+        "x", Path("x"), ScoredImages(rows, {"a": scores}, {"a": "1"}), scores, summary, {"a": summary}, per_prompt, 0
+    )
+
+
+def test_the_official_number_is_the_mean_of_the_kinds() -> None:
+    evaluated = _of_kinds({"two": [1, 1, 1, 0], "one": [0, 0], "three": [1, float("nan")]})
+    said = dict(result_lines(evaluated, None))
+    assert said["official"] == pytest.approx(4 / 7)
+    assert said["official_macro"] == said["strict_macro"] == pytest.approx((3 / 4 + 0 + 1) / 3)
+    assert said["a/official_macro"] == said["official_macro"]
+    assert said["a/tag_official/two"] == 0.75
+    assert said["official_macro_low"] < said["official_macro"] < said["official_macro_high"]  # type: ignore[operator]
+    columns, rows = results_table(evaluated)
+    assert {len(row) for row in rows} == {len(columns)}
+    assert [row[1] for row in rows] == ["two", "one", "three", "all", "macro"]
+    assert "official_macro" not in dict(result_lines(_of_kinds({"one": [1, 0]}), None))
+
+
+def test_macro_differences_are_paired() -> None:
+    before, after = _of_kinds({"two": [0, 0, 1, 0], "one": [0, 1]}), _of_kinds({"two": [1, 0, 1, 0], "one": [1, 1]})
+    found = compare(after, before).differences["strict_macro"]
+    assert found[0] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert compare(after, after).differences["strict_macro"] == (0, 0, 0)
+    said = dict(result_lines(after, compare(after, before)))
+    assert said["compare/strict_macro_difference"] == pytest.approx(found[0])
+
+
 def test_the_weighted_value_is_that_of_the_reward(tiny_prompts: list[Prompt]) -> None:
     terms = {"geneval": RewardTerm(weight=2.0, scale=4.0), "jpeg-compressibility": RewardTerm(weight=0.5)}
     rng = np.random.default_rng(0)
@@ -317,12 +446,10 @@ def test_the_weighted_value_is_that_of_the_reward(tiny_prompts: list[Prompt]) ->
 def test_two_processes_find_what_one_finds(request_: Request, tmp_path: Path) -> None:
     wanted = replace(request_, settings={"images_per_prompt": 2}, output=tmp_path / "one", compare="base")
     one = evaluate(wanted).evaluated
-    words = ["evaluate", wanted.source, "--rewards", "geneval", "-n", "2", "--compare", "base"]
+    words = ["evaluate", wanted.source, "base", "--rewards", "geneval", "-n", "2", "--num-processes", "2"]
     words += ["--precision", "float32", "--device", "cpu", "--output", str(tmp_path / "two")]
-    code = f"import sys; from ramctl.launch import launch; sys.exit(launch({words!r}, 2))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, "-m", "ramctl", *words]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RESULT strict=") == 1
     two = scores_of(tmp_path / "two")
@@ -335,3 +462,6 @@ def test_two_processes_find_what_one_finds(request_: Request, tmp_path: Path) ->
             assert content == (tmp_path / "two" / "images" / name).read_bytes()
     assert two["results"]["mean"] == pytest.approx(one.summary.mean, abs=0.1)
     assert len((tmp_path / "two" / "scores.jsonl").read_text().splitlines()) == 12
+    subprocess.run(["sha256sum", "--status", "-c", "pictures.sha256"], cwd=tmp_path / "two", check=True)
+    again = evaluate(replace(wanted, output=tmp_path / "two")).evaluated
+    assert (again.kept, again.changed, again.kept_scores) == (12, [], 12)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import pytest
 import torch
 
 from ramctl.engine.randomness import keyed_normal, keyed_seed
+from ramctl.engine.samplers import SAMPLERS
 from ramctl.errors import DataError, UsageError
 from ramctl.images import load_image, read_image_folder
 from ramctl.prompts import Prompt
-from ramctl.sampling import DrawSettings, Picture, draw, sample
+from ramctl.sampling import Drawn, DrawSettings, Picture, draw, sample
 from ramctl.sources import OpenModel, open_source
 
 SETTINGS = DrawSettings(sampling_steps=3, guidance_scale=1.5, negative_prompt="", seed=5, images_per_prompt=1)
@@ -143,14 +147,39 @@ def test_an_interrupted_folder_is_finished_bit_for_bit(
     pictures = [Picture(f"{i}.png", prompt, 100 + i) for i, prompt in enumerate(tiny_prompts)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
-        assert draw(base.backbone, base.network(), pictures, SETTINGS, folder, micro_batch=2) == 0
+        assert draw(base.backbone, base.network(), pictures, SETTINGS, folder, micro_batch=2).kept == 0
     (cut / "2.png").unlink()
     (cut / "5.png").write_bytes((whole / "5.png").read_bytes()[:200])
     untouched = (cut / "0.png").stat().st_mtime_ns, (cut / "3.png").stat().st_mtime_ns
-    assert draw(base.backbone, base.network(), pictures, SETTINGS, cut, micro_batch=2) == 4
+    again = draw(base.backbone, base.network(), pictures, SETTINGS, cut, micro_batch=2)
+    assert (again.kept, again.changed) == (4, ("5.png",))
     assert untouched == ((cut / "0.png").stat().st_mtime_ns, (cut / "3.png").stat().st_mtime_ns)
     np.testing.assert_array_equal(pixels(cut), pixels(whole))
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_picture_that_is_not_the_one_noted_is_drawn_again(
+    base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path
+) -> None:
+    pictures = [Picture(f"{i}.png", prompt, 100 + i) for i, prompt in enumerate(tiny_prompts[:4])]
+    folder, listed = tmp_path / "images", tmp_path / "pictures.sha256"
+
+    def again() -> Drawn:
+        return draw(base.backbone, base.network(), pictures, SETTINGS, folder, hash_list=listed)
+
+    first = again()
+    original = (folder / "1.png").read_bytes()
+    assert first.kept == 0 and first.hashes["1.png"] == hashlib.sha256(original).hexdigest()
+    done = subprocess.run(["sha256sum", "-c", listed.name], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.count(": OK") == 4
+    shutil.copy(folder / "0.png", folder / "1.png")  # a good picture, but another one
+    second = again()
+    assert (second.kept, second.changed, second.hashes) == (3, ("1.png",), first.hashes)
+    assert (folder / "1.png").read_bytes() == original
+    # Killed after a hash was noted, before its picture got its name; or a picture put there by hand.
+    listed.write_text("".join(line + "\n" for line in listed.read_text().splitlines() if "2.png" not in line) + "cut")
+    assert again().changed == ("2.png",)
+    assert again().kept == 4
 
 
 def test_the_default_folder_is_numbered(
@@ -192,6 +221,16 @@ def test_requests_without_sense_are_refused(base: OpenModel, tmp_path: Path) -> 
 def test_impossible_numbers_are_named(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} must be"):
         SETTINGS.changed(**{name: value})
+
+
+def test_a_sampler_is_used_and_a_wrong_one_named(base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path) -> None:
+    for sampler in SAMPLERS:
+        sample(base, tiny_prompts[:1], SETTINGS.changed(sampler=sampler), output=tmp_path / sampler)
+    euler, second = (pixels(tmp_path / sampler)[0] for sampler in SAMPLERS)
+    assert not np.array_equal(euler, second)
+    assert json.loads((tmp_path / "dpm2m" / "sampling.json").read_text())["sampler"] == "dpm2m"
+    with pytest.raises(UsageError, match="Did you mean 'euler'"):
+        SETTINGS.changed(sampler="eulr")
 
 
 def test_what_is_not_given_stays() -> None:

@@ -19,7 +19,7 @@ from ramctl import __version__
 from ramctl.cli._errors import report
 
 #: The modules of the subcommands, in the order of the help.
-COMMANDS: tuple[str, ...] = ("train", "sample", "score", "evaluate", "presets", "doctor")
+COMMANDS: tuple[str, ...] = ("train", "sample", "score", "evaluate", "download_weights", "presets", "doctor")
 
 app = typer.Typer(
     name="ramctl",

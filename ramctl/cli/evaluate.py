@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ramctl.cli._options import (
+    Base,
+    Device,
+    GuidanceScale,
+    ImagesPerPrompt,
+    NegativePrompt,
+    Precision,
+    SamplerName,
+    Seed,
+    Steps,
+    Weights,
+)
 from ramctl.cli._output import result, say, table
 
 if TYPE_CHECKING:
-    from ramctl.evaluating import Report
+    from ramctl.evaluating import Request
     from ramctl.evaluation_results import Compared, Evaluated
 
 _EPILOG = (
-    "Examples: ramctl evaluate outputs/geneval-tiny/best --compare base; "
-    "ramctl evaluate --model models/tinyworld --preset geneval-tiny (the untrained baseline). "
-    "Pictures already drawn with the same settings are kept. Runs in one process, or in several under "
+    "Examples: ramctl evaluate outputs/geneval-tiny/best base (against its base model); "
+    "ramctl evaluate --model models/tinyworld --preset geneval-tiny (the untrained baseline); "
+    "ramctl evaluate outputs/geneval/best --rewards geneval -n 4 --drawbench-metrics imagereward,pickscore. "
+    "Pictures already drawn with the same settings are kept, and so are their scores. Several processes also under "
     "`accelerate launch -m ramctl evaluate …` or torchrun."
 )
 
@@ -32,6 +46,13 @@ def evaluate(
         str | None,
         typer.Argument(help="A checkpoint, its latest or best link, or a run folder.", show_default=False),
     ] = None,
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to compare it with on the same prompts and noise: another one, a base model, or `base`.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="A base model instead: diffusers folder or hub id.", show_default=False),
@@ -40,7 +61,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--compare",
-            help="A second source on the same prompts and noise; `base` is the checkpoint's base model.",
+            help="The same as a second argument; `base` is the checkpoint's base model.",
             show_default=False,
         ),
     ] = None,
@@ -60,15 +81,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--option", help="SCORER.KEY=VALUE; repeatable.", show_default=False),
     ] = None,
-    images_per_prompt: Annotated[
-        int | None, typer.Option("--images-per-prompt", "-n", help="Pictures per prompt.", show_default=False)
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Euler steps.", show_default=False)] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="1 is none.", show_default=False)
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.", show_default=False)] = None,
+    images_per_prompt: ImagesPerPrompt = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = None,
     limit: Annotated[
         int | None,
         typer.Option("--limit", help="Prompts used, spread over the tags; 0 is all.", show_default=False),
@@ -82,53 +100,66 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    weights: Annotated[
-        str, typer.Option("--weights", help="Of a checkpoint: evaluation (the EMA), policy or old.")
-    ] = "evaluation",
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Where a checkpoint's base model lies, if it moved.", show_default=False),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="float32 or bfloat16.", show_default=False)
-    ] = None,
+    weights: Weights = "evaluation",
+    base: Base = None,
+    device: Device = "auto",
+    precision: Precision = None,
     self_test: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Check each scorer on known pictures first.")
     ] = True,
     drawbench_metrics: Annotated[
         list[str] | None,
-        typer.Option("--drawbench-metrics", help="Scorers for DrawBench's prompts.", show_default=False),
+        typer.Option(
+            "--drawbench-metrics",
+            help="Scorers for DrawBench's prompts, e.g. imagereward,pickscore.",
+            show_default=False,
+        ),
     ] = None,
     drawbench_prompts: Annotated[
         Path | None,
-        typer.Option("--drawbench-prompts", help="Your copy of DrawBench's prompts.", show_default=False),
+        typer.Option(
+            "--drawbench-prompts",
+            help="Other prompts in their place: .csv, .jsonl or .txt. Default: the downloaded ones.",
+            show_default=False,
+        ),
     ] = None,
+    num_processes: Annotated[
+        int, typer.Option("--num-processes", min=1, help="Processes on this machine (GPUs, or CPU processes).")
+    ] = 1,
 ) -> None:
-    """Draw held-out prompts and score them, as training did or as told; writes scores.json with the protocol."""
-    from ramctl.cli._counting import counting
+    """Draw held-out prompts and score them, as training did or as told.
+
+    Writes scores.json with the protocol and evaluation.html with the pictures.
+    """
     from ramctl.errors import UsageError
     from ramctl.scoring import parse_options, split_names
 
     if (checkpoint is None) == (model is None):
         raise UsageError("Name one source: a checkpoint, or --model with a diffusers folder or a hub id.")
+    if other is not None and compare is not None:
+        raise UsageError(f"Compare with one other source: {other} or --compare {compare}, not both.")
     rewarded = split_names(rewards) if rewards else []
     metrics = split_names(drawbench_metrics) if drawbench_metrics else []
     options = parse_options(option or ())
     settings: dict[str, int | float | str | None] = {
         "images_per_prompt": images_per_prompt,
         "sampling_steps": steps,
+        "sampler": sampler,
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
         "seed": seed,
     }
+    if num_processes > 1:
+        from ramctl.launch import is_launched, launch
+
+        if not is_launched():
+            raise typer.Exit(launch(sys.argv[1:], num_processes))
     from ramctl.evaluating import Request
-    from ramctl.evaluating import evaluate as run
 
     request = Request(
         source=checkpoint or model or "",
         is_model=model is not None,
-        compare=compare,
+        compare=other or compare,
         preset=preset,
         prompts=prompts,
         rewards=rewarded,
@@ -144,28 +175,34 @@ def evaluate(
         drawbench_metrics=metrics,
         drawbench_prompts=drawbench_prompts,
     )
+    _run(request)
+
+
+def _run(request: Request) -> None:
+    from ramctl.cli._counting import counting
+    from ramctl.evaluating import evaluate as run
+
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"Evaluating {request.source}")
     with counting() as progress:
         report = run(request, progress)
     if report.is_main:
-        _show(report)
-
-
-def _show(report: Report) -> None:
-    _show_part("", report.evaluated, report.compared)
-    if report.drawbench is not None:
-        _show_part("drawbench/", report.drawbench, report.drawbench_compared)
+        _show_part("", report.evaluated, report.compared)
+        if report.drawbench is not None:
+            _show_part("drawbench/", report.drawbench, report.drawbench_compared)
 
 
 def _show_part(prefix: str, evaluated: Evaluated, compared: Compared | None) -> None:
-    from ramctl.evaluating import SCORES
-    from ramctl.evaluation_results import comparison_table, result_lines
-    from ramctl.scoring import tag_table
+    from ramctl.evaluation_folder import PAGE, SCORES
+    from ramctl.evaluation_results import comparison_table, result_lines, results_table
 
-    if evaluated.kept:
-        say(f"{evaluated.kept} pictures in {evaluated.folder} were drawn before and kept")
-    table(f"{evaluated.label}: {len(evaluated.scored.rows)} pictures", *tag_table(evaluated.summaries))
+    for each in (evaluated,) if compared is None else (evaluated, compared.other):
+        if each.kept:
+            again = f", and {each.kept_scores} of their scores" if each.kept_scores else ""
+            say(f"{each.kept} pictures in {each.folder} were drawn before and kept{again}")
+        for note in each.notes():
+            say(f"{each.label}: {note}", style="yellow")
+    table(f"{evaluated.label}: {len(evaluated.scored.rows)} pictures", *results_table(evaluated))
     if compared is not None:
         table(f"{evaluated.label} against {compared.other.label}", *comparison_table(evaluated, compared))
     for name, file, reason in evaluated.scored.failures()[:10]:
@@ -174,3 +211,4 @@ def _show_part(prefix: str, evaluated: Evaluated, compared: Compared | None) -> 
         result(f"{prefix}{key}", value)
     result(f"{prefix}folder", evaluated.folder)
     result(f"{prefix}scores", evaluated.folder / SCORES)
+    result(f"{prefix}page", evaluated.folder / PAGE)

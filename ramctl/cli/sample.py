@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ramctl.cli._options import (
+    Base,
+    Device,
+    GuidanceScale,
+    ImagesPerPrompt,
+    NegativePrompt,
+    Precision,
+    SamplerName,
+    Seed,
+    Steps,
+    Weights,
+)
 from ramctl.cli._output import result, say
 
+if TYPE_CHECKING:
+    from ramctl.sources import Source
+
 _EPILOG = (
-    "Example: ramctl sample outputs/geneval-tiny/best --prompt 'a photo of two red stars' --images-per-prompt 4 "
-    "--compare-base"
+    "Examples: ramctl sample outputs/geneval-tiny/best --prompt 'a photo of two red stars' --images-per-prompt 4 "
+    "--compare-base; ramctl sample outputs/geneval/best --export-lora geneval.safetensors --lora-format kohya "
+    "(for ComfyUI); ramctl sample models/tinyworld --lora mine.safetensors --prompt 'a red star'."
 )
 
 
@@ -35,18 +51,12 @@ def sample(
         Path | None,
         typer.Option("--prompts", help="Prompt file: .jsonl, or .txt with a prompt a line.", show_default=False),
     ] = None,
-    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "-n", help="Pictures per prompt.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Euler steps. Default: the source's own.", show_default=False)
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option("--guidance-scale", help="1 is none. Default: the source's own.", show_default=False),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="Default: the source's own.", show_default=False)
-    ] = None,
+    images_per_prompt: ImagesPerPrompt = 1,
+    seed: Seed = 0,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
     compare_base: Annotated[
         bool,
         typer.Option("--compare-base", help="Draw with the untrained model, too, from the same noise."),
@@ -60,45 +70,70 @@ def sample(
             show_default=False,
         ),
     ] = None,
-    weights: Annotated[
-        str, typer.Option("--weights", help="Of a checkpoint: evaluation (the EMA), policy or old.")
-    ] = "evaluation",
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Where a checkpoint's base model lies, if it moved.", show_default=False),
+    lora: Annotated[
+        Path | None,
+        typer.Option("--lora", help="A LoRA file for a base model, in diffusers or kohya layout.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="float32 or bfloat16. Default: the source's own.", show_default=False),
+    export_lora: Annotated[
+        Path | None,
+        typer.Option(
+            "--export-lora",
+            help="Write the checkpoint's LoRA (or --lora) as a .safetensors file; without prompts, only that.",
+            show_default=False,
+        ),
     ] = None,
+    lora_format: Annotated[
+        str, typer.Option("--lora-format", help="Of the exported file: diffusers, or kohya (ComfyUI, sd-scripts).")
+    ] = "diffusers",
+    weights: Weights = "evaluation",
+    base: Base = None,
+    device: Device = "auto",
+    precision: Precision = None,
 ) -> None:
     """Draw pictures from a checkpoint or a base model, as PNG files that `ramctl score` reads, and a grid.
 
     Runs in one process.
     """
-    from ramctl.cli._counting import counting
     from ramctl.errors import UsageError
     from ramctl.launch import is_launched
+    from ramctl.lora_export import check_export, check_lora
     from ramctl.prompts import Prompt, read_prompts
     from ramctl.sampling import DrawSettings, check_request
-    from ramctl.sampling import sample as draw_samples
-    from ramctl.sources import find_source, open_source
+    from ramctl.sources import find_source
 
     if is_launched():
         raise UsageError("`ramctl sample` runs in one process; start it without a launcher.")
     found = find_source(source, base=base)
     settings = DrawSettings.of(found.evaluation).changed(
         sampling_steps=steps,
+        sampler=sampler,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         seed=seed,
         images_per_prompt=images_per_prompt,
     )
     wanted = [Prompt(text) for text in prompt or ()] + (read_prompts(prompts) if prompts else [])
-    check_request(found, wanted, output, compare_base=compare_base)
+    if lora is not None:
+        check_lora(found)
+    if export_lora is not None:
+        check_export(found, lora, export_lora, lora_format)
+    draws = bool(wanted) or export_lora is None
+    if draws:
+        check_request(found, wanted, output, compare_base=compare_base, with_lora=lora is not None)
+    if export_lora is not None:
+        _export(found, export_lora, lora_format, weights, lora)
+    if not draws:
+        return
+    from ramctl.cli._counting import counting
+    from ramctl.lora_export import read_lora, with_lora
+    from ramctl.sampling import sample as draw_samples
+    from ramctl.sources import open_source
+
+    updates = None if lora is None else read_lora(lora)  # before the model: a wrong file shows at once
     say(f"Loading {found.label}")
     model = open_source(found, device=device, precision=precision, which=weights)
+    if lora is not None:
+        model = with_lora(model, lora, updates)
     with counting() as progress:
         samples = draw_samples(model, wanted, settings, output=output, compare_base=compare_base, progress=progress)
     result("images", samples.images)
@@ -107,3 +142,11 @@ def sample(
         result("tuned", samples.tuned)
         result("base", samples.base)
     result("grid", samples.grid)
+
+
+def _export(found: Source, target: Path, layout: str, weights: str, lora: Path | None) -> None:
+    from ramctl.lora_export import export_lora
+
+    layers = export_lora(found, target, layout=layout, which=weights, lora=lora)
+    say(f"{layers} layers in {target}")
+    result("lora", target)

@@ -32,6 +32,20 @@ _SCORERS: Mapping[str, _Entry] = {
         "objects, counts, colours and positions as the prompt asks",
     ),
     "ocr": _Entry("ramctl.scorers.ocr", "OcrScorer", "the quoted text of the prompt, read back by an OCR engine"),
+    "pickscore": _Entry("ramctl.scorers.pickscore", "PickScoreScorer", "which picture people would pick"),
+    "hpsv2": _Entry("ramctl.scorers.hpsv2", "Hpsv2Scorer", "which picture people prefer, HPSv2.1"),
+    "aesthetic": _Entry("ramctl.scorers.aesthetic", "AestheticScorer", "LAION's predicted rating, 1 to 10"),
+    "clipscore": _Entry("ramctl.scorers.clipscore", "ClipScoreScorer", "how well the picture fits the prompt"),
+    "imagereward": _Entry(
+        "ramctl.scorers.imagereward",
+        "ImageRewardScorer",
+        "how much people would like the picture for the prompt (ImageReward v1.0)",
+    ),
+    "deqa": _Entry(
+        "ramctl.scorers.deqa.scorer",
+        "DeqaScorer",
+        "how good the picture looks, whatever the prompt (DeQA-Score, in an environment of its own)",
+    ),
     "jpeg-compressibility": _Entry(
         "ramctl.scorers.jpeg",
         "JpegCompressibility",

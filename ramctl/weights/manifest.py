@@ -211,10 +211,11 @@ def check_relative(path: str, where: str) -> None:
     """Refuse a path that leads out of its folder: listings come from the network, too.
 
     Raises:
-        ConfigError: it is absolute, has ``..`` or a backslash in it, or is empty.
+        ConfigError: it is absolute, has ``..`` or a backslash in it, is empty, or is one of the store's own.
     """
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or pure.parts[0].startswith(".ramctl"):
+    ours = pure.parts[:1] and pure.parts[0].startswith(".ramctl")
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or ours:
         raise ConfigError(f"{where}: the path {path!r} leads out of its folder.")
 
 

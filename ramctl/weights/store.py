@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import threading
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,12 +124,13 @@ def local_repository(repo_id: str, parts: Collection[str] = ()) -> Path | None:
 def fingerprint(name: str, file: str) -> str:
     """The first 12 hex digits of the SHA-256 of the file that is there, for version strings.
 
+    A file put there by hand may be another than the manifest's; a warning names both hashes.
+
     Raises:
         MissingDependencyError: it is not there, or is no longer what was downloaded (both hashes are named).
         UsageError: no entry of that name.
     """
-    path = weight_file(name, file)
-    folder = entry_folder(name)
+    path, folder = weight_file(name, file), entry_folder(name)
     found = file_sha256(path, folder)
     recorded = read_record(folder).files.get(file)
     if recorded is not None and recorded.sha256 != found:
@@ -137,6 +138,10 @@ def fingerprint(name: str, file: str) -> str:
             f"{path} has changed since it was downloaded: SHA-256 {found}, expected {recorded.sha256}. "
             f"Fetch it again: {command_for(name)}"
         )
+    wanted = next((wanted for wanted in find_entry(name).files if wanted.path == file), None)
+    problem = hash_problem(wanted, None, found) if wanted else ""
+    if problem:
+        warnings.warn(f"{path} is not the official file: {problem}. Numbers will differ.", stacklevel=2)
     return found[:12]
 
 
@@ -190,15 +195,15 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Record:
-    """What an entry's folder remembers of its downloads: files that came, and the hub's listing (path → bytes)."""
+    """What an entry's folder remembers of its downloads.
+
+    ``files`` came; ``listing`` is what the hub listed (path → bytes); ``commit`` is the commit of the repository that
+    all of them are of, where the manifest names none.
+    """
 
     files: Mapping[str, Recorded] = field(default_factory=dict)
     listing: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def commit(self) -> str | None:
-        """The repository's commit that the files are of."""
-        return next((row.commit for row in self.files.values() if row.commit), None)
+    commit: str | None = None
 
 
 def read_record(folder: Path) -> Record:
@@ -206,15 +211,16 @@ def read_record(folder: Path) -> Record:
     content = _read_json(folder / RECORD_FILE)
     try:
         files = {str(path): Recorded(**row) for path, row in content.get("files", {}).items()}
-        return Record(files, {str(path): int(size) for path, size in content.get("listing", {}).items()})
+        listing = {str(path): int(size) for path, size in content.get("listing", {}).items()}
     except (TypeError, ValueError, AttributeError):
         return Record()
+    return Record(files, listing, content.get("commit"))
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Replace the record; call it with the entry's lock held."""
     rows = {path: vars(row) for path, row in sorted(record.files.items())}
-    write_json(folder / RECORD_FILE, {"files": rows, "listing": dict(record.listing)})
+    write_json(folder / RECORD_FILE, {"commit": record.commit, "files": rows, "listing": dict(record.listing)})
 
 
 def file_sha256(path: Path, folder: Path, *, rehash: bool = False) -> str:
@@ -307,6 +313,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        print(f"{path} cannot be read; it is ignored", file=sys.stderr)
+        warnings.warn(f"{path} cannot be read; it is ignored.", stacklevel=3)
         return {}
     return content if isinstance(content, dict) else {}

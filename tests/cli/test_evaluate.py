@@ -49,6 +49,8 @@ def test_a_checkpoint_against_its_base(run_folder: Path, capsys: pytest.CaptureF
     assert said["images"] == "6" and said["failed"] == "0"
     assert json.loads(Path(said["scores"]).read_text())["comparison"]["other"] == "base"
     assert "tiny-test-step-000001 against base" in captured.err
+    assert Path(said["page"]).read_text().count("Largest changes") == 2  # one per scorer
+    assert (Path(said["compare/folder"]) / "evaluation.html").is_file()
     assert run(*words) == 0
     again = capsys.readouterr()
     assert "6 pictures in" in again.err and "kept" in again.err
@@ -70,14 +72,43 @@ def test_the_untrained_baseline_under_a_presets_protocol(
     assert list(content["scorers"]) == ["jpeg-compressibility"]
 
 
+def test_a_second_source_is_compared_with(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run_folder / "latest"), "--rewards", "geneval", "--limit", "2"]
+    found = []
+    for other in ("base", "models/tinyworld", str(run_folder)):
+        assert run(*words, other) == 0
+        found.append(results(capsys.readouterr().out))
+    assert [each["compare"] for each in found] == ["base", "tinyworld", "tiny-test-step-000001"]
+    assert found[0]["compare/value"] == found[1]["compare/value"]
+    assert found[2]["compare/value_difference"] == "0"
+    assert found[0]["official_macro"] == found[0]["geneval/official_macro"]
+
+
+def test_drawbench_has_results_and_a_page_of_its_own(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.csv").write_text(
+        "Prompts,Category\na red star,Colors\ntwo rings,Counting\na red star,Colors\n"
+    )
+    words = ["evaluate", str(run_folder / "latest"), "--rewards", "geneval", "--limit", "2", "--device", "cpu"]
+    words += ["--drawbench-metrics", "jpeg-compressibility,jpeg-incompressibility", "--drawbench-prompts"]
+    assert run(*words, str(tmp_path / "prompts.csv")) == 0
+    said = results(capsys.readouterr().out)
+    assert said["drawbench/images"] == "2"
+    assert {"drawbench/jpeg-compressibility/tag/Colors", "drawbench/jpeg-incompressibility/mean_high"} <= said.keys()
+    assert "Counting" in Path(said["drawbench/page"]).read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "Name one source"),
+        (["x", "base", "--compare", "base"], "not both"),
         (["x", "--model", "models/tinyworld"], "Name one source"),
         (["--model", "models/tinyworld", "--rewards", "genevl"], "Did you mean 'geneval'"),
         (["--model", "models/tinyworld", "--steps", "0"], "sampling_steps must be 1 or more"),
-        (["--model", "models/tinyworld", "--drawbench-metrics", "imagereward"], "There is no scorer 'imagereward'"),
+        (["--model", "models/tinyworld", "--drawbench-metrics", "pickscor"], "Did you mean 'pickscore'"),
+        (["--model", "models/tinyworld", "--sampler", "eulr"], "Did you mean 'euler'"),
         (["--model", "models/tinyworld", "--preset", "genval-tiny"], "no preset 'genval-tiny'"),
         (["--model", "models/tinyworld", "--prompts", "gone.jsonl"], "gone.jsonl does not exist"),
     ],

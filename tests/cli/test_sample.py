@@ -64,6 +64,24 @@ def test_settings_come_from_the_source_unless_given(
     ]
 
 
+def test_a_lora_goes_out_and_comes_back(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    assert run("sample", str(tiny_checkpoint), "--export-lora", str(file), "--lora-format", "kohya") == 0
+    captured = capsys.readouterr()
+    assert results(captured.out) == {"lora": str(file)} and "47 layers" in captured.err
+    words = ["models/tinyworld", "--lora", str(file), "-p", "a star", "--device", "cpu", "--steps", "2"]
+    assert run("sample", *words, "--compare-base", "-o", str(tmp_path / "out")) == 0
+    said = results(capsys.readouterr().out)
+    assert said["images"] == "2" and Path(said["base"]).is_dir()
+    # Exported and drawn with in one go; the default folder names the file.
+    assert (
+        run("sample", *words, "--export-lora", str(tmp_path / "again.safetensors"), "-o", str(tmp_path / "more")) == 0
+    )
+    assert {"lora", "grid"} <= results(capsys.readouterr().out).keys()
+
+
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
@@ -75,6 +93,10 @@ def test_settings_come_from_the_source_unless_given(
         (["models/tinyworld", "-p", "a star", "--precision", "fp16"], "float32, bfloat16", 2),
         (["models/tinyworld", "--prompts", "gone.txt"], "gone.txt does not exist", 2),
         (["models/tinyworl", "-p", "a star"], "Nothing is at models/tinyworl", 1),
+        (["models/tinyworld", "-p", "a star", "--lora", "gone.safetensors"], "gone.safetensors does not exist", 1),
+        (["models/tinyworld", "--export-lora", "x.safetensors"], "has no LoRA to export", 2),
+        (["models/tinyworld", "--export-lora", "x.safetensors", "--lora-format", "koya"], "Did you mean 'kohya'", 2),
+        (["models/tinyworld", "-p", "a star", "--sampler", "eulr"], "Did you mean 'euler'", 2),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(
