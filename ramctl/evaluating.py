@@ -205,6 +205,7 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
         found_parts.append(_one_plan(work, request, (model, second, network), before))
     (mine, compared), *more = found_parts
     drawbench, drawbench_compared = more[0] if more else (None, None)
+    world.leave()
     return Report(mine, compared, drawbench, drawbench_compared, world.is_main)
 
 

@@ -27,6 +27,8 @@ class _Terminated(Exception):
 
 
 def _on_sigterm(signum: int, frame: object) -> None:
+    # `timeout` signals the process and then its group; the second one must not end the ending of the others.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
 
 
@@ -42,14 +44,14 @@ def _free_port() -> int:
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``ramctl <arguments>`` in that many processes; the exit code of the run.
+    """Run ``ramctl <arguments>``, the words as they were typed, in that many processes; the exit code of the run.
 
     The first process owns the terminal. The others' messages are kept aside and shown only if the first one had nothing
     to say itself, so that a mistake of the user's is reported once. When one process fails the rest are ended.
     """
     from ramctl.runfolder import TYPED_ARGUMENTS
 
-    typed = shlex.join([*arguments, "--num-processes", str(processes)])
+    typed = shlex.join(arguments)
     port = _free_port()
     running: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []

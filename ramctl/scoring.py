@@ -328,8 +328,8 @@ def _one(scores: Scores, i: int) -> dict[str, Any]:
 
 
 def number(value: float | None) -> float | None:
-    """The value for JSON, which has no NaN and no infinity; eight digits, as float32 has no more."""
-    return float(f"{value:.8g}") if value is not None and math.isfinite(value) else None
+    """The value for JSON, which has no NaN and no infinity; nine digits tell every float32 from its neighbours."""
+    return float(f"{value:.9g}") if value is not None and math.isfinite(value) else None
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -125,7 +125,10 @@ def train(
     run_folder = RunFolder(Path(path))
     with _terminated_like_interrupt(), _main_lock(run_folder, world, config):
         run = Run(settings, run_folder, world, device, told)
-        return run.go()
+        outcome = run.go()
+    # Only after a good end: a process that waits here for one that failed would wait for long.
+    world.leave()
+    return outcome
 
 
 @contextmanager
@@ -309,8 +312,8 @@ class Run:
         constant = {name for name, std in stds.items() if std == 0}
         for name in sorted(constant - self.constant):
             self.observer.note(
-                f"Step {int(metrics['step'])}: {name} was the same for all {self.config.images_per_step} pictures, so it "
-                "taught nothing. If the pictures differ, look whether the scorer works: ramctl doctor."
+                f"Step {int(metrics['step'])}: {name} was the same for all {self.config.images_per_step} pictures, so "
+                "it taught nothing. If the pictures differ, look whether the scorer works: ramctl doctor."
             )
         self.constant = constant
 

@@ -12,12 +12,13 @@ from ramctl.settings import load_settings
 KEYS = """
 name description
 model.path model.family model.revision model.resolution model.dtype model.use_t5 model.max_sequence_length
+model.text_encoders
 lora.rank lora.alpha lora.target_modules lora.init
 prompts.train prompts.evaluation
 reward.scorers.NAME.weight reward.scorers.NAME.scale reward.scorers.NAME.options.OPTION
-reward.max_failed_share
-rollout.prompts_per_step rollout.images_per_prompt rollout.sampling_steps rollout.guidance_scale
-rollout.micro_batch
+reward.max_failed_share reward.self_test
+rollout.prompts_per_step rollout.images_per_prompt rollout.sampling_steps rollout.sampler
+rollout.guidance_scale rollout.micro_batch
 ram.reward_multiplier ram.noisings_per_image ram.updates_per_step ram.time_power ram.stratify_times
 ram.min_time ram.max_time ram.advantage_scale ram.advantage_epsilon ram.advantage_clip ram.old_ema_decay
 ram.old_ema_warmup ram.path_cost ram.path_cost_min_time
@@ -25,11 +26,11 @@ optimizer.lr optimizer.warmup_steps optimizer.lr_half_life optimizer.beta1 optim
 optimizer.weight_decay optimizer.max_grad_norm
 train.steps train.seed train.micro_batch train.sweep_micro_batch train.gradient_checkpointing train.guard
 evaluation.every evaluation.prompts evaluation.images_per_prompt evaluation.sampling_steps
-evaluation.guidance_scale evaluation.negative_prompt evaluation.seed evaluation.ema_decay
+evaluation.sampler evaluation.guidance_scale evaluation.negative_prompt evaluation.seed evaluation.ema_decay
 evaluation.ema_warmup evaluation.picture_prompts
 checkpoint.every checkpoint.keep
 tracking.kind tracking.uri tracking.experiment
-runtime.device runtime.precision runtime.threads
+runtime.device runtime.precision runtime.compile runtime.threads
 """
 
 PRESETS = sorted(path.stem for path in resource_dir("presets").glob("*.toml"))

@@ -143,7 +143,7 @@ class TestFiles:
     def test_unknown_preset_lists_the_near_and_all(self) -> None:
         text = complaint("geneval-tinny")
         assert text.startswith("There is no preset 'geneval-tinny'. Did you mean 'geneval-tiny'")
-        assert "The presets are geneval-tiny" in text
+        assert "The presets are geneval, geneval-24gb, geneval-tiny" in text
 
     def test_option_in_the_place_of_the_preset(self) -> None:
         assert "The preset comes first" in complaint("--lr")
@@ -540,7 +540,7 @@ class TestListing:
         assert [item.key for item in find_keys("seed")] == ["train.seed", "evaluation.seed"]
         assert [item.key for item in find_keys("checkpoint")] == ["checkpoint.every", "checkpoint.keep"]
         assert [item.key for item in find_keys("lr")] == ["optimizer.lr"]
-        assert len(find_keys("reward")) == 4
+        assert len(find_keys("reward")) == 5
         with pytest.raises(ConfigError, match=r"optimizer\.lr"):
             find_keys("lrr")
 

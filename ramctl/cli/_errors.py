@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import traceback
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 from ramctl.cli._output import say
 from ramctl.errors import RamctlError
 
 INTERRUPTED = 130
+_PACKAGE = Path(__file__).resolve().parents[1]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 # Writers in compiled code (safetensors, torch, SQLite) raise their own types around the system's words.
@@ -35,6 +39,27 @@ def report(error: BaseException, *, debug: bool) -> int:
     known = _system_failure(error)
     say(known or _bug(error, debug=debug))
     return 1
+
+
+def warn_plainly() -> None:
+    """Let the package's own warnings be one line on standard error, each once; others' stay as they are."""
+    usual, told = warnings.showwarning, set[str]()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not Path(filename).is_relative_to(_PACKAGE):
+            usual(message, category, filename, lineno, file, line)
+        elif str(message) not in told:
+            told.add(str(message))
+            say(f"Warning: {message}")
+
+    warnings.showwarning = show
 
 
 def _bug(error: BaseException, *, debug: bool) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ramctl import __version__
-from ramctl.cli._errors import report
+from ramctl.cli._errors import report, warn_plainly
 
 #: The modules of the subcommands, in the order of the help.
 COMMANDS: tuple[str, ...] = ("train", "sample", "score", "evaluate", "download_weights", "presets", "doctor")
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (``sys.argv`` when none is given) and exit: 0, 1, 2 or 130 as the README says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    warn_plainly()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character gets a stand-in, not a crash.
         if isinstance(stream, io.TextIOWrapper):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,21 +53,8 @@ def train(
         from ramctl.launch import is_launched, launch
 
         if not is_launched():
-            raise typer.Exit(launch(_without_processes(sys.argv[1:]), num_processes))
+            raise typer.Exit(launch(sys.argv[1:], num_processes))
     _run(settings, output, fresh=fresh)
-
-
-def _without_processes(arguments: Sequence[str]) -> list[str]:
-    """The command line for each process: the same, less --num-processes."""
-    kept: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument == "--num-processes":
-            rest.pop(0)
-        elif not argument.startswith("--num-processes="):
-            kept.append(argument)
-    return kept
 
 
 def _run(settings: Settings, output: Path | None, *, fresh: bool) -> None:

@@ -64,7 +64,12 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index or 0] if self.device.type == "cuda" else None)
+
+    def leave(self) -> None:
+        """Part from the others at the end of a run; nothing can be exchanged afterwards."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def connect(device: str) -> tuple[World, torch.device]:

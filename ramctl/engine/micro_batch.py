@@ -42,11 +42,11 @@ class MicroBatch:
     Args:
         size: items at once.
         phase: what the passes do, for the message.
-        key: the preset's key of this size.
+        remedy: what to do when memory runs out, for the message.
     """
 
-    def __init__(self, size: int, phase: str, key: str) -> None:
-        self.size, self.phase, self.key = size, phase, key
+    def __init__(self, size: int, phase: str, remedy: str) -> None:
+        self.size, self.phase, self.remedy = size, phase, remedy
         self.halved = False
 
     def run(self, work: Callable[[int], T]) -> T:
@@ -61,8 +61,7 @@ class MicroBatch:
             except torch.OutOfMemoryError as error:
                 if self.halved or self.size < 2:
                     raise OutOfMemoryError(
-                        f"The GPU ran out of memory while {self.phase} {self.size} at once. Lower {self.key}, set "
-                        "train.gradient_checkpointing = true, or set model.text_encoders = parked."
+                        f"The GPU ran out of memory while {self.phase} {self.size} at once. {self.remedy}"
                     ) from error
             # Out here the error's frames, which hold the tensors of the failed pass, are gone.
             gc.collect()

@@ -68,7 +68,7 @@ def generate(
     negative = backbone.encode([negative_prompt]) if guidance_scale != 1.0 else None
     if not isinstance(micro_batch, MicroBatch):
         size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
-        micro_batch = MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
+        micro_batch = MicroBatch(size, "drawing pictures,", "Free its memory of other programs.")
     latents: list[Tensor] = []
     images: list[NDArray[np.uint8]] = []
     start = 0

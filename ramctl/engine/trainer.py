@@ -76,6 +76,19 @@ class _Sweep:
     cost_t: Tensor | None
 
 
+_PHASES = {
+    "sample": ("drawing pictures,", "rollout.micro_batch"),
+    "sweep": ("computing the reference's velocities,", "train.sweep_micro_batch"),
+    "train": ("training on items,", "train.micro_batch"),
+}
+
+
+def _micro_batch(size: int, phase: str) -> MicroBatch:
+    doing, key = _PHASES[phase]
+    remedy = f"Lower {key}, set train.gradient_checkpointing = true, or set model.text_encoders = parked."
+    return MicroBatch(size, doing, remedy)
+
+
 class Trainer:
     """The state of a run and its step.
 
@@ -111,19 +124,9 @@ class Trainer:
         shape, device = backbone.latent_shape, backbone.device
         without_gradient = auto_micro_batch(shape, device, training=False)
         self.batches = {
-            "sample": MicroBatch(
-                config.rollout.micro_batch or without_gradient, "drawing pictures,", "rollout.micro_batch"
-            ),
-            "sweep": MicroBatch(
-                config.train.sweep_micro_batch or without_gradient,
-                "computing the reference's velocities,",
-                "train.sweep_micro_batch",
-            ),
-            "train": MicroBatch(
-                config.train.micro_batch or auto_micro_batch(shape, device, training=True),
-                "training on items,",
-                "train.micro_batch",
-            ),
+            "sample": _micro_batch(config.rollout.micro_batch or without_gradient, "sample"),
+            "sweep": _micro_batch(config.train.sweep_micro_batch or without_gradient, "sweep"),
+            "train": _micro_batch(config.train.micro_batch or auto_micro_batch(shape, device, training=True), "train"),
         }
 
     # -- one step ---------------------------------------------------------------------------------------------------

@@ -190,6 +190,8 @@ class Scorer(ABC):
         self.ensure_loaded()
         if not len(images):
             return Scores.collect([])
+        if not images.size:
+            return Scores.collect(["the picture has no pixels"] * len(images))
         results = self.score_batch(images, prompts)
         if len(results) != len(images):
             raise RamctlError(f"Scorer {self.name!r} returned {len(results)} results for {len(images)} images.")

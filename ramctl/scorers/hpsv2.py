@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "hpsv2.1"
 WEIGHTS_FILE = "HPS_v2.1_compressed.pt"
-#: All CLIPs share one vocabulary.
-VOCABULARY = "clip-vit-l14"
+#: All CLIPs share one vocabulary; this entry holds nothing else.
+VOCABULARY = "clip-vit-h14-tokenizer"
 
 #: open_clip's ViT-H-14; its layers and widths are read off the checkpoint, these cannot be.
 ACTIVATION = "gelu"

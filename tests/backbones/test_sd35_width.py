@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 Medium's own width (one layer of each stack, random weights): ours against diffusers' pipeline."""
+"""Stable Diffusion 3.5 Medium's width (one layer of each stack, random weights): ours against diffusers' pipeline."""
 
 from __future__ import annotations
 

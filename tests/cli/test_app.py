@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -159,6 +160,19 @@ def test_unexpected_error_is_called_a_bug(
     assert run("fail") == 1
     text = capsys.readouterr().err
     assert text == "unexpected error: ValueError: first line\nThis is a bug; run with --debug for the traceback.\n"
+
+
+def test_our_own_warnings_are_one_line_each_and_others_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: usual.append(str(message)))
+    _errors.warn_plainly()
+    ours = str(_errors._PACKAGE / "weights" / "store.py")
+    for filename in (ours, ours, "/elsewhere/ramctl/store.py"):
+        warnings.showwarning("x.pth is not the official file.", UserWarning, filename, 1)
+    assert capsys.readouterr().err == "Warning: x.pth is not the official file.\n"
+    assert usual == ["x.pth is not the official file."]
 
 
 def test_interrupt_exits_with_130(failing: Callable[[BaseException], None]) -> None:

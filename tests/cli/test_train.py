@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from ramctl.cli import app
-from ramctl.cli.train import _without_processes
 from ramctl.engine.checkpoint import find_checkpoint
 from ramctl.runfolder import RunFolder
 from ramctl.scorers.base import Images, ImageScore
@@ -67,11 +66,6 @@ def one_line(error: str) -> str:
 
 
 # -- the command line
-
-
-def test_the_processes_of_a_run_get_the_same_command_less_their_number() -> None:
-    words = ["train", "p", "--num-processes", "2", "--lr", "1", "--num-processes=3", "--fresh"]
-    assert _without_processes(words) == ["train", "p", "--lr", "1", "--fresh"]
 
 
 # -- mistakes in the settings: exit code 2, before anything is loaded or written
@@ -489,9 +483,7 @@ def test_two_nodes_under_torchrun_and_accelerate_launch_are_the_same_run(tiny_pr
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torchrun = [*python, "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-    nodes = [
-        started([*torchrun, f"--master-port={port}", f"--node-rank={rank}", *train("nodes")]) for rank in range(2)
-    ]
+    nodes = [started([*torchrun, f"--master-port={port}", f"--node-rank={rank}", *train("nodes")]) for rank in range(2)]
     for node in nodes:
         _, error = node.communicate(timeout=240)
         assert node.returncode == 0, error

@@ -26,7 +26,7 @@ def test_a_preset_brings_its_model_its_prompts_and_its_scorers_weights() -> None
 
 def test_a_scorer_alone_brings_what_it_reads() -> None:
     assert names("scorer:geneval") == ["clip-vit-l14", "mask2former-swin-s-coco"]
-    assert names("hpsv2") == ["clip-vit-l14", "hpsv2.1"]
+    assert names("hpsv2") == ["clip-vit-h14-tokenizer", "hpsv2.1"]
     assert names("scorer:ocr") == []
 
 

@@ -152,8 +152,8 @@ class ClipFiles:
 
     def hpsv2(self) -> Path:
         """open_clip's layout in half precision, head widths 80 and 64."""
-        if not (self.root / "clip-vit-l14" / "vocab.json").exists():
-            self.tokenizer("clip-vit-l14")
+        if not (self.root / "clip-vit-h14-tokenizer" / "vocab.json").exists():
+            self.tokenizer("clip-vit-h14-tokenizer")
         model = ReferenceClip(3, (160, 2), (128, 2), len(vocabulary_and_merges()[0])).half().float()
         self.reference["hpsv2.1"] = model
         file = self.root / "hpsv2.1" / "HPS_v2.1_compressed.pt"

@@ -193,6 +193,7 @@ def test_all_who_ask_get_the_same_encoder(clip_store: Any) -> None:
 
 def test_threads_that_ask_at_once_load_once(clip_files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_files.clip_vit_l14()
+    monkeypatch.setattr(clip, "_shared", type(clip._shared)())  # another test may hold the same encoder
     loads: list[str] = []
     original = clip.load_hub_clip
     monkeypatch.setattr(clip, "load_hub_clip", lambda name: loads.append(name) or original(name))  # type: ignore[func-returns-value]
@@ -205,8 +206,9 @@ def test_threads_that_ask_at_once_load_once(clip_files: Any, monkeypatch: pytest
     assert loads == ["clip-vit-l14"] and len({id(encoder) for encoder in found}) == 1
 
 
-def test_an_encoder_nobody_holds_is_let_go(clip_files: Any) -> None:
+def test_an_encoder_nobody_holds_is_let_go(clip_files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_files.clip_vit_l14()
+    monkeypatch.setattr(clip, "_shared", type(clip._shared)())
     encoder = clip_vit_l14("cpu")
     key = (encoder.version, "cpu")
     assert key in clip._shared

@@ -89,7 +89,7 @@ def test_the_value_is_the_cosine_without_a_temperature(clip_store: Any) -> None:
     images = noise(2, 70, 50)
     prompts = [Prompt("A Red Circle"), Prompt("a “blue” square &amp; cat")]
     scores = Hpsv2Scorer(device="cpu").score(images, prompts)
-    reference, tokenise = clip_store.reference["hpsv2.1"], open_clip_tokenizer("clip-vit-l14")
+    reference, tokenise = clip_store.reference["hpsv2.1"], open_clip_tokenizer("clip-vit-h14-tokenizer")
     for index, prompt in enumerate(prompts):
         picture = reference.image(fit_longest(images[index], 224)[None])[0]
         text = reference.text(torch.tensor([tokenise(prompt.text)]))[0]
@@ -200,8 +200,8 @@ def test_a_file_that_would_run_code_is_refused(clip_files: Any, tmp_path: Path) 
 
 def test_the_vocabulary_is_asked_for_by_its_own_entry(clip_files: Any) -> None:
     clip_files.hpsv2()
-    (clip_files.root / "clip-vit-l14" / "merges.txt").unlink()
-    with pytest.raises(MissingDependencyError, match="ramctl download-weights clip-vit-l14"):
+    (clip_files.root / "clip-vit-h14-tokenizer" / "merges.txt").unlink()
+    with pytest.raises(MissingDependencyError, match="ramctl download-weights clip-vit-h14-tokenizer"):
         Hpsv2Scorer(device="cpu").ensure_loaded()
 
 

@@ -216,7 +216,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it holds a {named.group(1)}, which is not loaded for safety" if named else "it is damaged"
         raise ScorerError(f"{file} cannot be read as weights: {why}. {_REMEDY}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # the unpickler meets bytes that are no pickle with whatever they lead it to
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ScorerError(f"{file} cannot be read as a PyTorch checkpoint ({reason}). {_REMEDY}") from None
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
