@@ -78,6 +78,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         return _wait(running, logs)
     except _Terminated:
         _end(running, terminate=True)
+        previous = signal.SIG_IGN  # still the same SIGTERM, for all that this process has left to do
         return 130
     except KeyboardInterrupt:  # a terminal has sent it to the children, too; `kill` has not
         _end(running, terminate=False)

@@ -421,7 +421,7 @@ def test_odd_pictures_are_scored(scorer, image):
 def test_a_picture_without_pixels_fails_and_is_not_scored_zero(scorer):
     scores = scorer.score(np.zeros((1, 0, 8, 3), np.uint8), [DOG])
     assert scores.failed[0] and np.isnan(scores.value[0])
-    assert scores.errors[0] == "DataError: the picture has no pixels"
+    assert scores.errors[0] == "the picture has no pixels"
 
 
 def test_nan_out_of_the_network_fails_that_picture_only(scorer, monkeypatch):
