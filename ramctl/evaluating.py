@@ -20,7 +20,7 @@ from ramctl.config import Config, EvaluationSection, RewardTerm
 from ramctl.drawbench import drawbench_file, read_drawbench
 from ramctl.engine.distributed import World, connect
 from ramctl.engine.randomness import keyed_seed
-from ramctl.errors import RamctlError, ScorerError, UsageError
+from ramctl.errors import MissingDependencyError, RamctlError, ScorerError, UsageError
 from ramctl.evaluation_folder import (
     HASHES,
     IMAGES,
@@ -187,7 +187,9 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
     for plan, chosen in zip(plans, scorers, strict=True):
         for scorer in chosen:
             scorer.check_prompts(plan.prompts)
-            _ = scorer.version  # weights that are missing are reported here, not when everything is drawn
+            lacks = scorer.missing()  # reported here, not when everything is drawn
+            if lacks:
+                raise MissingDependencyError(lacks[0])
     world, _ = connect(request.device)
     _share_cores(world)
     if request.self_test and world.is_main:
@@ -280,6 +282,10 @@ def make_plan(request: Request, config: Config | None) -> Plan:
 
 def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
     if not request.drawbench_metrics:
+        if request.drawbench_prompts is not None:
+            raise UsageError(
+                f"No metrics for {request.drawbench_prompts}: name some, e.g. --drawbench-metrics imagereward,pickscore."
+            )
         return []
     section = config.evaluation if config is not None else EvaluationSection()
     terms = {name: RewardTerm(options=dict(request.options.get(name, {}))) for name in request.drawbench_metrics}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ramctl import __version__
 from ramctl.errors import CheckpointError, DataError, RamctlError, UsageError, did_you_mean
+from ramctl.hashing import file_sha256
 from ramctl.lora_layouts import LAYOUTS, LowRank, Updates, read_layout, to_diffusers, to_kohya
 from ramctl.sources import OpenModel, Source
 
@@ -93,7 +93,7 @@ def read_lora(path: Path) -> Updates:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise CheckpointError(f"LoRA file {path} does not exist.")
+        raise CheckpointError(f"LoRA file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -163,9 +163,8 @@ class WithLora(OpenModel):
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the base model's weight files and of the LoRA file."""
-        with self.file.open("rb") as stream:
-            own = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {**{f"base/{name}": value for name, value in self.base_hashes.items()}, self.file.name: own}
+        base = {f"base/{name}": value for name, value in self.base_hashes.items()}
+        return {**base, self.file.name: file_sha256(self.file)}
 
 
 def with_lora(model: OpenModel, file: Path, updates: Updates | None = None) -> WithLora:
@@ -202,7 +201,7 @@ def _checkpoint_file(source: Source, which: str) -> Path:
 
     assert source.checkpoint is not None and source.config is not None
     if which not in WHICH:
-        raise UsageError(f"There are no weights {which!r}; choose {', '.join(WHICH)}.{did_you_mean(which, WHICH)}")
+        raise UsageError(f"There is no weight set {which!r}; choose {', '.join(WHICH)}.{did_you_mean(which, WHICH)}")
     problem = damage(source.checkpoint)
     if problem is not None:
         raise CheckpointError(f"Checkpoint {source.checkpoint} cannot be used: {problem}.")

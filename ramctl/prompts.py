@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ramctl.errors import DataError
+from ramctl.resources import DOWNLOADED
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         lines = _read_lines(file)
     except FileNotFoundError:
-        raise DataError(f"Prompt file {file} does not exist.") from None
+        hint = f" Fetch it with: ramctl download-weights {file.parts[1]}" if _downloaded(file) else ""
+        raise DataError(f"Prompt file {file} does not exist.{hint}") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"Prompt file {file} cannot be read: {error}.") from None
     plain = Path(file.stem if file.suffix == ".gz" else file.name).suffix == ".txt"
@@ -83,6 +85,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise DataError(f"Prompt file {file} holds no prompts.")
     return prompts
+
+
+def _downloaded(file: Path) -> bool:
+    """Whether a path names a file of the store of downloads (``weights/pickapic/train.txt``)."""
+    return len(file.parts) == 3 and file.parts[0] == DOWNLOADED
 
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:

@@ -138,8 +138,20 @@ def check_request(
         raise UsageError(
             f"{source.label} is a base model; --compare-base needs a checkpoint or a --lora to compare with it."
         )
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"Output folder {output} exists and is not empty; choose another with --output.")
+    if output is not None:
+        _check_output(output)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder that is in use, or that cannot be made."""
+    if output.exists():
+        if not output.is_dir():
+            raise DataError(f"Output folder {output} is a file; choose another with --output.")
+        if any(output.iterdir()):
+            raise DataError(f"Output folder {output} exists and is not empty; choose another with --output.")
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"Output folder {output} cannot be made in {there}; choose another with --output.")
 
 
 def sample(
@@ -207,7 +219,10 @@ def draw(
             list, every picture that can be read counts as drawn.
     """
     size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RamctlError(f"Folder {folder} cannot be made: {error.strerror or error}.") from None
     at_once = MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
     known = None if hash_list is None else read_hashes(hash_list)
     hashes: dict[str, str] = {}
@@ -354,7 +369,4 @@ def _write_facts(path: Path, model: OpenModel, settings: DrawSettings, compare_b
         "compare_base": compare_base,
         **asdict(settings),
     }
-    try:
-        path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RamctlError(f"{path} cannot be written: {error.strerror or error}.") from None
+    write_whole(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

@@ -6,7 +6,6 @@ is a base model. Finding reads small files only, so that a mistake shows before 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ramctl.config import Config, EvaluationSection, ModelSection, RuntimeSection
 from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError, did_you_mean
+from ramctl.hashing import file_sha256
 from ramctl.resources import find_model, find_resource
 from ramctl.settings import list_presets, load_settings
 
@@ -178,7 +178,7 @@ def open_source(
     from ramctl.backbones.registry import load_model
 
     found = find_source(source) if isinstance(source, str) else source
-    chosen_set = _choice("weights", which, WHICH)
+    chosen_set = _choice("weight set", which, WHICH)
     runtime = found.config.runtime if found.config is not None else RuntimeSection()
     chosen = runtime.precision if precision is None else _choice("precision", precision, PRECISIONS)
     place = _place(device)
@@ -376,5 +376,4 @@ def _sha256(file: Path) -> str:
     target = file.resolve().name
     if _SHA256.match(target):
         return target
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)

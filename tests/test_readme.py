@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- block: ([\w-]+) -->\s*```sh\n(.*?)```", README, re.DOTALL))
 IN_FULL = os.environ.get("RAMCTL_README_IN_FULL") == "1"
 #: in the order a reader runs them: later ones use what earlier ones made.
-IN_ORDER = ("train", "train-variants", "sample", "score", "evaluate", "presets")
+IN_ORDER = ("train", "train-variants", "sample", "export", "score", "evaluate", "downloads", "presets")
 
 
 def shortened(line: str) -> str:
@@ -48,7 +48,7 @@ def run(script: str, folder: Path, environment: dict[str, str]) -> str:
 def test_every_shell_block_has_a_name_and_is_run_somewhere() -> None:
     shell = re.findall(r"```(?:sh|bash|shell|console)\n", README)
     assert len(shell) == len(BLOCKS)
-    assert set(BLOCKS) == {*IN_ORDER, "install-and-test", "install-and-train", "development"}
+    assert set(BLOCKS) == {*IN_ORDER, "install-and-test", "install-and-train", "full-size", "development"}
 
 
 def test_ci_runs_the_install_and_test_block() -> None:
@@ -69,6 +69,20 @@ def test_the_development_sessions_exist() -> None:
     for line in BLOCKS["development"].splitlines():
         for session in line.removeprefix("nox -s ").split():
             assert re.search(rf"^[*-] {session} ", listed, re.MULTILINE)
+
+
+def test_the_full_size_commands_as_dry_runs(tmp_path: Path) -> None:
+    """What they would fetch and do; the weights are gated and 18 GB."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAMCTL_WEIGHTS": str(tmp_path / "weights")}
+    printed = ""
+    for line in BLOCKS["full-size"].splitlines():
+        words = [sys.executable, "-m", *line.split(), "--dry-run"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    assert "RESULT bytes_to_fetch.sd3.5-medium=" in printed
+    assert "RESULT plan.processes=8" in printed
+    assert "RESULT plan.forwards.sample=46080" in printed
 
 
 @pytest.mark.slow

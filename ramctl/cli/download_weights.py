@@ -73,7 +73,7 @@ def download_weights(
     hub_address(mirror)
     options = Options(root=output.expanduser() if output else None, mirror=mirror, jobs=jobs)
     if show or verify:
-        _show_list(_listed(names, without), options, rehash=verify)
+        _show_list(_listed(names, without), options, rehash=verify, named=bool(names))
         return
     needs = resolve(names, without or ()) if names else everything(without or ())
     if dry_run:
@@ -98,8 +98,11 @@ def _listed(names: Sequence[str] | None, without: Sequence[str] | None) -> list[
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
-def _show_list(needs: Sequence[Need], options: Options, *, rehash: bool) -> None:
-    """The table of entries, and a line for each damaged file; with ``rehash`` damage is a failure."""
+def _show_list(needs: Sequence[Need], options: Options, *, rehash: bool, named: bool) -> None:
+    """The table of entries, and a line for each damaged file.
+
+    With ``rehash`` damage is a failure, and so is the absence of what was ``named``.
+    """
     from ramctl.weights import condition_of, states, weights_root
 
     rows, lines, problems = [], [], []
@@ -121,11 +124,14 @@ def _show_list(needs: Sequence[Need], options: Options, *, rehash: bool) -> None
         say(f"damaged: {problem}")
     for key, condition in lines:
         result(key, condition)
+    absent = list(dict.fromkeys(key.split(".", 1)[1] for key, c in lines if c in ("missing", "partial")))
     if problems:
         names = sorted({problem.partition("/")[0] for problem in problems})
         say(f"Fetch again what is damaged: ramctl download-weights {' '.join(names)}")
-        if rehash:
-            raise typer.Exit(1)
+    if rehash and named and absent:
+        say(f"Not all there, so not verified: {', '.join(absent)}")
+    if rehash and (problems or (named and absent)):
+        raise typer.Exit(1)
 
 
 def _show_plan(needs: Sequence[Need], options: Options) -> None:

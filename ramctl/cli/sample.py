@@ -112,6 +112,8 @@ def sample(
         seed=seed,
         images_per_prompt=images_per_prompt,
     )
+    if export_lora is None and lora_format != "diffusers":
+        raise UsageError("--lora-format says how --export-lora writes; give --export-lora FILE, too.")
     wanted = [Prompt(text) for text in prompt or ()] + (read_prompts(prompts) if prompts else [])
     if lora is not None:
         check_lora(found)

@@ -222,7 +222,14 @@ class Http:
                 from huggingface_hub import get_token
 
                 self._token, self._token_read = get_token(), True
-        return self._token
+        if self._token is None or (self._token.isascii() and self._token.isprintable()):
+            return self._token
+        if entry.gated:
+            raise DownloadError(
+                f"{entry.name} is gated, and the token here (HF_TOKEN, or that of `hf auth login`) is none: it holds "
+                f"characters no token has. Make one at https://huggingface.co/settings/tokens: export HF_TOKEN=hf_…"
+            )
+        return None  # what everybody may read is there without it
 
     # -- what a refusal means ---------------------------------------------------------------------------------------
 

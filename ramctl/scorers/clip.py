@@ -9,18 +9,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ramctl.errors import DataError, ScorerError, UsageError
+from ramctl.errors import DataError, OutOfMemoryError, ScorerError, UsageError
 from ramctl.scorers.base import Images
 from ramctl.scorers.clip_checkpoints import CONFIG_FILE, MODEL_FILE, LoadedClip, load_hub_clip
 from ramctl.scorers.clip_tokens import HUB_FILES, Tokenise, hub_tokenizer
-from ramctl.scorers.devices import scorer_device
+from ramctl.scorers.devices import placed, scorer_device
 from ramctl.weights import fingerprint
 
 #: Mean and deviation of each channel, of pixels in [0, 1]: OpenAI's, used by every CLIP here.
@@ -34,6 +34,7 @@ MAX_ASPECT = 1000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Crop = Literal["floor", "round"]
+T = TypeVar("T")
 
 
 # --- pictures
@@ -140,12 +141,7 @@ class ClipEncoder:
                 f"{version}: the tokenizer ends texts with token {end}, the network has {text.vocab_size} tokens and "
                 f"ends with {text.eos_token_id}. These files do not belong together."
             )
-        try:
-            self._model = loaded.model.to(device=device, dtype=dtype)
-        except torch.OutOfMemoryError:
-            raise ScorerError(
-                f'The GPU\'s memory does not hold {version}: give the scorer dtype = "bfloat16" or device = "cpu".'
-            ) from None
+        self._model = placed(loaded.model, device, dtype, version)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text, start and end included, at most 77.
@@ -260,6 +256,7 @@ def clip_vit_l14(device: str = "auto", dtype: str = "float32") -> ClipEncoder:
     Raises:
         MissingDependencyError: the weights are not there.
         ScorerError: they cannot be read, or are of a CLIP with another activation.
+        OutOfMemoryError: the GPU has no room for them.
         UsageError: no such device or dtype.
     """
     return shared_encoder(
@@ -302,27 +299,30 @@ class Batches:
             work: takes a slice of items, returns a tensor [len, ...].
 
         Raises:
-            ScorerError: out of GPU memory again after the batch was halved.
+            OutOfMemoryError: out of GPU memory again after the batch was halved.
         """
-        parts: list[Tensor] = []
+        return torch.cat(self.parts(count, work))
+
+    def parts(self, count: int, work: Callable[[slice], T]) -> list[T]:
+        """The results of ``work`` on consecutive slices of ``range(count)``; raises what :meth:`run` raises."""
+        parts: list[T] = []
         done = 0
         while done < count:
             stop = min(done + self.size, count)
             try:
-                part = work(slice(done, stop))
-            except torch.OutOfMemoryError:
-                part = None
-            if part is None:  # outside of the handler: its traceback would keep the batch's memory
-                self._halve(stop - done)
+                parts.append(work(slice(done, stop)))
+                done = stop
                 continue
-            parts.append(part)
-            done = stop
-        return torch.cat(parts)
+            except torch.OutOfMemoryError:
+                pass
+            # Outside of the handler: its traceback would keep the batch's memory.
+            self._halve(stop - done)
+        return parts
 
     def _halve(self, items: int) -> None:
         torch.cuda.empty_cache()
         if self._halved or items == 1:
-            raise ScorerError(
+            raise OutOfMemoryError(
                 f"The GPU's memory does not hold the scorer {self.owner!r} at {items} images a time: give it a smaller "
                 f'batch_size, dtype = "bfloat16" or device = "cpu".'
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ramctl.errors import UsageError
+from ramctl.errors import OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -29,3 +29,19 @@ def scorer_device(option: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"A scorer's device is {option!r}, but this machine has {torch.cuda.device_count()} GPUs.")
     return device
+
+
+def placed(network: Any, device: torch.device, dtype: torch.dtype, what: str) -> Any:
+    """A network on its device and in its precision; ``what`` names it.
+
+    Raises:
+        OutOfMemoryError: the GPU has no room for it.
+    """
+    import torch
+
+    try:
+        return network.to(device=device, dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            f'The GPU\'s memory does not hold {what}: give the scorer dtype = "bfloat16" or device = "cpu".'
+        ) from None

@@ -21,6 +21,7 @@ from ramctl.errors import ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
 from ramctl.scorers.clip_scorer import DTYPES, matching_test
+from ramctl.scorers.devices import placed, scorer_device
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +136,7 @@ class _Network:
 
         try:
             self.sizes = sizes = Sizes.of(state)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise _unusable(file, f"it lacks {error}") from None
         vision, text, head, unknown = split_state(state)
         # Everything is overwritten by the checkpoint: on "meta" the 300 million weights are not drawn first.
@@ -151,30 +152,28 @@ class _Network:
                     layer_norm_eps=1e-6,
                 )
             )
-            self._head = _linear_chain(head)
-        # Has a buffer that no checkpoint holds, so it is built in memory.
-        self._text = BlipTextModel(
-            BlipTextConfig(
-                vocab_size=sizes.vocabulary,
-                hidden_size=sizes.text_width,
-                encoder_hidden_size=sizes.vision_width,
-                intermediate_size=sizes.text_hidden,
-                num_hidden_layers=sizes.text_layers,
-                num_attention_heads=sizes.text_width // _HEAD_SIZE,
-                max_position_embeddings=sizes.positions,
-                layer_norm_eps=1e-12,
-                is_decoder=True,  # creates the attention to the picture; the text still attends both ways
-            ),
-            add_pooling_layer=False,
+            self._head = _linear_chain(head, file)
+        text_config = BlipTextConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.text_width,
+            encoder_hidden_size=sizes.vision_width,
+            intermediate_size=sizes.text_hidden,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=sizes.text_width // _HEAD_SIZE,
+            max_position_embeddings=sizes.positions,
+            layer_norm_eps=1e-12,
+            is_decoder=True,  # creates the attention to the picture; the text still attends both ways
         )
+        # Has a buffer that no checkpoint holds, so it is built in memory; a run's own draws must not notice.
+        with torch.random.fork_rng(devices=[]):
+            self._text = BlipTextModel(text_config, add_pooling_layer=False)
         for module, tensors in ((self._vision, vision), (self._text, text), (self._head, head)):
             unknown += _load_exactly(module, tensors, file)
             module.eval().requires_grad_(False)
         if unknown:
             raise _unusable(file, f"it holds {len(unknown)} unknown tensors ({_some(unknown)})")
-        self._vision.to(device=device, dtype=dtype)
-        self._text.to(device=device, dtype=dtype)
-        self._head.to(device=device, dtype=torch.float32)
+        for module, precision in ((self._vision, dtype), (self._text, dtype), (self._head, torch.float32)):
+            placed(module, device, precision, "ImageReward")
         self._device = device
         self._dtype = dtype
 
@@ -187,7 +186,8 @@ class _Network:
         """
         import torch
 
-        with torch.inference_mode():
+        # A caller may be under autocast: the precision here is the one the version names.
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             patches = self._vision(pixel_values=pixels.to(self._device, self._dtype)).last_hidden_state
             # The first token stays [CLS]: unlike BLIP's matching head, ImageReward does not put [ENC] there.
             hidden = self._text(
@@ -200,15 +200,21 @@ class _Network:
             return ((raw - REWARD_MEAN) / REWARD_STD).cpu()
 
 
-def _linear_chain(head: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """The head's linear layers under their official numbers; the numbers between are dropouts, idle when scoring."""
+def _linear_chain(head: Mapping[str, torch.Tensor], file: Path) -> torch.nn.Module:
+    """The head's linear layers under their official numbers; the numbers between are dropouts, idle when scoring.
+
+    Raises:
+        ScorerError: the tensors are not those of numbered linear layers.
+    """
     import torch
 
     chain = torch.nn.Sequential()
-    numbers = sorted(int(key.split(".")[0]) for key in head if key.endswith(".weight"))
-    for number in numbers:
-        rows, columns = head[f"{number}.weight"].shape
-        chain.add_module(str(number), torch.nn.Linear(columns, rows))
+    try:
+        for number in sorted(int(key.split(".")[0]) for key in head if key.endswith(".weight")):
+            rows, columns = head[f"{number}.weight"].shape
+            chain.add_module(str(number), torch.nn.Linear(columns, rows))
+    except (ValueError, KeyError):
+        raise _unusable(file, f"its head is none of linear layers ({_some(list(head))})") from None
     return chain
 
 
@@ -247,6 +253,15 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise _unusable(file, "it holds something other than named tensors")
     return state
+
+
+def _text_problem(text: object) -> str:
+    """Why a prompt cannot be encoded (half of a surrogate pair, no text at all), or ""."""
+    try:
+        str.encode(text)  # type: ignore[arg-type]
+    except (TypeError, UnicodeError):
+        return f"DataError: the text {text!r} is not valid Unicode"
+    return ""
 
 
 def _read_tokenizer(file: Path) -> Any:
@@ -311,7 +326,6 @@ class ImageRewardScorer(Scorer):
             UsageError: the device is not there.
         """
         from ramctl.scorers.clip import Batches, scorer_dtype
-        from ramctl.scorers.devices import scorer_device
         from ramctl.weights import weight_file
 
         file, vocabulary = weight_file(*CHECKPOINT), weight_file(*VOCABULARY)
@@ -326,10 +340,10 @@ class ImageRewardScorer(Scorer):
         self._engine = network, tokenizer, Batches(self.batch_size, self.name)
 
     def score_batch(self, images: Images, prompts: Sequence[Prompt]) -> list[ImageScore | str]:
-        """Score pairs of picture and prompt.
+        """Score pairs of picture and prompt; one whose prompt cannot be encoded fails alone.
 
         Raises:
-            ScorerError: the GPU's memory does not hold half a batch either.
+            OutOfMemoryError: the GPU's memory does not hold half a batch either.
         """
         import torch
 
@@ -340,20 +354,23 @@ class ImageRewardScorer(Scorer):
         if not images.size:
             return ["DataError: the picture has no pixels"] * len(prompts)
         network, tokenizer, batches = self._engine
+        problems = {index: reason for index, prompt in enumerate(prompts) if (reason := _text_problem(prompt.text))}
+        good = [index for index in range(len(prompts)) if index not in problems]
 
         def rewards(part: slice) -> torch.Tensor:
             tokens = tokenizer(
-                [prompt.text for prompt in prompts[part]],
+                [prompts[index].text for index in good[part]],
                 padding="max_length",
                 truncation=True,
                 max_length=TOKENS,
                 return_tensors="pt",
             )
             # The crop as torchvision places it, which the official code uses.
-            pixels = torch.stack([preprocess(image, network.sizes.side, crop="round") for image in images[part]])
+            pixels = torch.stack([preprocess(image, network.sizes.side, crop="round") for image in images[good[part]]])
             return network.rewards(pixels, tokens["input_ids"], tokens["attention_mask"])
 
-        return [ImageScore(value=float(value)) for value in batches.run(len(prompts), rewards)]
+        values = dict(zip(good, batches.run(len(good), rewards).tolist(), strict=True)) if good else {}
+        return [problems.get(index) or ImageScore(value=values[index]) for index in range(len(prompts))]
 
     def self_test(self) -> SelfTest:
         """Of three drawn pictures, each caption scores its own highest."""

@@ -8,7 +8,6 @@ by size and time of change, so that a 4 GB file is read once.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ramctl import hashing
 from ramctl.errors import MissingDependencyError
 from ramctl.weights.manifest import Entry, WantedFile, find_entry, load_manifest
 
@@ -232,8 +232,7 @@ def file_sha256(path: Path, folder: Path, *, rehash: bool = False) -> str:
         remembered = _remembered(key, relative, folder)
         if remembered is not None:
             return remembered
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashing.file_sha256(path)
     remember_sha256(path, folder, digest)
     return digest
 
@@ -310,7 +309,7 @@ def expected_files(entry: Entry, record: Record, parts: frozenset[str] = frozens
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError):
         warnings.warn(f"{path} cannot be read; it is ignored.", stacklevel=3)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ramctl.errors import MissingDependencyError, RamctlError, ScorerError, UsageError
+from ramctl.errors import MissingDependencyError, OutOfMemoryError, RamctlError, ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
 from ramctl.scorers.clip_scorer import DTYPES
@@ -153,12 +153,22 @@ class DeqaScorer(Scorer):
         parts = "".join(f"{name}:{fingerprint(ENTRY, name)}\n" for name in names)
         return f"{self.name}/{RULE}/model-{hashlib.sha256(parts.encode()).hexdigest()[:12]}/{self.dtype}"
 
+    def missing(self) -> list[str]:
+        """The model and the environment that are absent, each with the command that gets it."""
+        lines = super().missing()
+        try:
+            environment.find_python(self.python)
+        except MissingDependencyError as error:
+            lines.append(str(error))
+        return lines
+
     def load(self) -> None:
         """Start the child and let it load the model.
 
         Raises:
             MissingDependencyError: the model or its environment is not there (the command that gets it is named).
             ScorerError: it does not load; with the child's reason.
+            OutOfMemoryError: the GPU has no room for it.
             UsageError: no such device.
         """
         from ramctl.scorers.devices import scorer_device
@@ -189,7 +199,7 @@ class DeqaScorer(Scorer):
         """Score N pictures.
 
         Raises:
-            ScorerError: the GPU's memory does not hold half a batch either.
+            OutOfMemoryError: the GPU's memory does not hold half a batch either.
         """
         if not images.size:
             return ["DataError: the picture has no pixels"] * len(prompts)
@@ -271,7 +281,7 @@ class DeqaScorer(Scorer):
 
     def _halve(self, pictures: int) -> None:
         if self._halved or pictures == 1:
-            raise ScorerError(
+            raise OutOfMemoryError(
                 f"The GPU's memory does not hold the scorer {self.name!r} at {pictures} images a time: give it a "
                 f'smaller batch_size, or with device = "cuda:N" another GPU.'
             )
@@ -285,7 +295,7 @@ class DeqaScorer(Scorer):
                 f"DeQA's environment ({self._python}) lacks a package ({error}). Make it anew: {environment.COMMAND}"
             )
         if error.kind == "out-of-memory":
-            return ScorerError(
+            return OutOfMemoryError(
                 f"{self._start_request['device']} has no room for DeQA's model (about 16 GB in half precision): give "
                 f'the scorer {self.name!r} another GPU with device = "cuda:N".'
             )

@@ -20,7 +20,7 @@ from ramctl.scorers.geneval.rules import Box
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ramctl.scorers.clip import ClipEncoder
+    from ramctl.scorers.clip import Batches, ClipEncoder
 
 COLORS: tuple[str, ...] = (
     *("red", "orange", "yellow", "green", "blue"),
@@ -28,7 +28,7 @@ COLORS: tuple[str, ...] = (
 )
 _SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _CANVAS = 0x99
-#: Crops a second model sees at once.
+#: Crops CLIP sees at once.
 _BATCH = 32
 
 
@@ -63,7 +63,7 @@ class ColorNamer:
     def __init__(self, device: str = "auto", dtype: str = "float32") -> None:
         self.device = device
         self.dtype = dtype
-        self._encoder: ClipEncoder | None = None
+        self._loaded: tuple[ClipEncoder, Batches] | None = None
         self._prototypes: dict[str, Tensor] = {}
 
     @property
@@ -83,36 +83,42 @@ class ColorNamer:
         Raises:
             MissingDependencyError: they are not there.
         """
-        from ramctl.scorers.clip import clip_vit_l14
+        from ramctl.scorers.clip import Batches, clip_vit_l14
 
-        self._encoder = clip_vit_l14(self.device, self.dtype)
+        self._loaded = clip_vit_l14(self.device, self.dtype), Batches(_BATCH, "geneval")
 
     def name(self, crops: Sequence[Images | None], class_names: Sequence[str]) -> list[str | None]:
-        """The colour of each crop (see :func:`object_crop`) of an object of the class beside it; None for None."""
+        """The colour of each crop (see :func:`object_crop`) of an object of the class beside it; None for None.
+
+        Raises:
+            OutOfMemoryError: the GPU's memory does not hold half a batch of crops either.
+        """
         import torch
 
         from ramctl.scorers.clip import preprocess
 
-        encoder = self._clip()
+        encoder, batches = self._engine()
         seen = [index for index, crop in enumerate(crops) if crop is not None and crop.size]
         colors: list[str | None] = [None] * len(crops)
-        for start in range(0, len(seen), _BATCH):
-            part = seen[start : start + _BATCH]
-            shown = [crop for index in part if (crop := crops[index]) is not None]
+
+        def nearest(part: slice) -> Tensor:
+            shown = [crop for index in seen[part] if (crop := crops[index]) is not None]
             # Rounded as torchvision does: GenEval prepares the crops with open_clip's transform.
             pixels = torch.stack([preprocess(crop, encoder.image_size, crop="round") for crop in shown])
             features = encoder.image_features(pixels)
-            prototypes = torch.stack([self._prototype(class_names[index]) for index in part])
-            nearest = (prototypes @ features.to(prototypes)[..., None]).squeeze(-1).argmax(dim=1)
-            for index, color in zip(part, nearest.tolist(), strict=True):
+            prototypes = torch.stack([self._prototype(class_names[index]) for index in seen[part]])
+            return (prototypes @ features.to(prototypes)[..., None]).squeeze(-1).argmax(dim=1)
+
+        if seen:
+            for index, color in zip(seen, batches.run(len(seen), nearest).tolist(), strict=True):
                 colors[index] = COLORS[color]
         return colors
 
-    def _clip(self) -> ClipEncoder:
-        if self._encoder is None:
+    def _engine(self) -> tuple[ClipEncoder, Batches]:
+        if self._loaded is None:
             self.load()
-        assert self._encoder is not None
-        return self._encoder
+        assert self._loaded is not None
+        return self._loaded
 
     def _prototype(self, name: str) -> Tensor:
         """float32 [10, D], one unit row per colour."""
@@ -120,7 +126,7 @@ class ColorNamer:
 
         if name not in self._prototypes:
             sentences = [s.format(color=color, name=name) for color in COLORS for s in _SENTENCES]
-            features = self._clip().text_features(sentences).float()
+            features = self._engine()[0].text_features(sentences).float()
             mean = features.reshape(len(COLORS), len(_SENTENCES), -1).mean(dim=1)
             self._prototypes[name] = torch.nn.functional.normalize(mean, dim=-1)
         return self._prototypes[name]

@@ -9,7 +9,6 @@ do something else (384x384 input, no overlaps between objects) and are not used.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramctl.errors import DataError, MissingDependencyError, ScorerError, UsageError
+from ramctl.hashing import file_sha256
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images
+from ramctl.scorers.devices import placed, scorer_device
 from ramctl.scorers.geneval import mmdet_checkpoint
 from ramctl.scorers.geneval.coco import CLASS_NAMES
 from ramctl.scorers.geneval.colours import COLORS, ColorNamer, object_crop
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import Mask2FormerConfig
+
+    from ramctl.scorers.clip import Batches
 
 ChannelOrder = Literal["rgb", "swapped"]
 CHANNEL_ORDERS: tuple[ChannelOrder, ...] = get_args(ChannelOrder)
@@ -183,7 +186,7 @@ class _Network:
         model.load_state_dict(mmdet_checkpoint.convert(state, model.state_dict(), str(file)))
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._model = model.float().eval().requires_grad_(False).to(device)
+        self._model = placed(model.eval().requires_grad_(False), device, torch.float32, "GenEval's detector")
         self._mean = torch.tensor(_MEAN, device=device)[:, None, None]
         self._scale = 1 / torch.tensor(_STD, device=device)[:, None, None]
 
@@ -218,7 +221,7 @@ class Mask2FormerDetector:
         device: "auto" (this process's GPU where there is one), "cpu", "cuda" or "cuda:N". On a GPU convolutions
             follow PyTorch's own setting for TF32.
         dtype: "float32", or "bfloat16" or "float16" for autocast; part of the version, since scores shift.
-        batch_size: pictures the network sees at once; halved by itself when the GPU's memory does not hold them.
+        batch_size: pictures the network sees at once; halved once when the GPU's memory does not hold them.
         weights: the MMDetection ``.pth`` file; None: the one ``ramctl download-weights`` fetches.
 
     Raises:
@@ -253,6 +256,7 @@ class Mask2FormerDetector:
         self.weights = None if weights is None else Path(weights).expanduser()
         self._colors = ColorNamer(device, dtype)
         self._network: _Network | None = None
+        self._batches: Batches | None = None
 
     @functools.cached_property
     def version(self) -> str:
@@ -266,8 +270,7 @@ class Mask2FormerDetector:
 
             digest = fingerprint(mmdet_checkpoint.ENTRY, mmdet_checkpoint.FILE)
         else:
-            with self._file().open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+            digest = file_sha256(self._file())[:12]
         return f"{digest} {PROCESSING} channels={self.channel_order} dtype={self.dtype} colors={self._colors.version}"
 
     def load(self) -> None:
@@ -289,41 +292,27 @@ class Mask2FormerDetector:
                 f"The detector 'mask2former' needs the package {package}, which does not import ({error}): "
                 f"pip install {package}"
             ) from None
-        from ramctl.scorers.devices import scorer_device
+        from ramctl.scorers.clip import Batches
 
         device = scorer_device(self.device)
         self._colors.load()
         self._network = _Network(file, device, self.dtype)
+        self._batches = Batches(self.batch_size, "geneval")
 
     def detect(self, images: Images) -> list[list[Detection]]:
         """The objects of each picture with a score above 0.3, colours not named yet; uint8 [N, H, W, 3] RGB.
 
         Raises:
             DataError: the pictures have no pixels.
-            ScorerError: the network's output is not finite, or the GPU's memory does not hold one picture.
+            ScorerError: the network's output is not finite.
+            OutOfMemoryError: the GPU's memory does not hold half a batch either.
         """
-        import torch
-
-        if self._network is None:
+        if self._network is None or self._batches is None:
             self.load()
-        assert self._network is not None
-        found: list[list[Detection]] = []
-        while len(found) < len(images):
-            chunk = images[len(found) : len(found) + self.batch_size]
-            try:
-                found.extend([*objects] for objects in self._network(chunk, self.channel_order))
-                continue
-            except torch.OutOfMemoryError:
-                pass
-            # Outside the handler, whose traceback holds on to the failed attempt's tensors.
-            torch.cuda.empty_cache()
-            if len(chunk) == 1:
-                raise ScorerError(
-                    "The GPU's memory does not hold the detector 'mask2former' at one picture at a time: give the "
-                    'scorer dtype = "bfloat16" or device = "cpu", or the training smaller micro-batches.'
-                )
-            self.batch_size = len(chunk) // 2
-        return found
+        network, batches = self._network, self._batches
+        assert network is not None and batches is not None
+        parts = batches.parts(len(images), lambda part: network(images[part], self.channel_order))
+        return [[*objects] for part in parts for objects in part]
 
     def name_colors(self, objects: Sequence[tuple[Images, Detection]]) -> list[str | None]:
         """The colour of each object in its picture, uint8 [H, W, 3]; None for one without pixels.

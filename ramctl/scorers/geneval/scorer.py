@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from ramctl.errors import DataError, UsageError, did_you_mean
+from ramctl.errors import DataError, OutOfMemoryError, UsageError, did_you_mean
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
 from ramctl.scorers.geneval.rules import (
@@ -193,7 +193,11 @@ class GenEvalScorer(Scorer):
             self._task(prompt, f"Prompt {number} ({prompt.text!r})")
 
     def score_batch(self, images: Images, prompts: Sequence[Prompt]) -> list[ImageScore | str]:
-        """Detect the objects of the whole batch, then judge picture by picture."""
+        """Detect the objects of the whole batch, then judge picture by picture.
+
+        Raises:
+            OutOfMemoryError: the GPU's memory does not hold half a batch of the detector either; no picture's fault.
+        """
         tasks = [self._task_or_reason(prompt) for prompt in prompts]
         usable = {index: task for index, task in enumerate(tasks) if isinstance(task, Task)}
         results: list[ImageScore | str] = ["" if isinstance(task, Task) else task for task in tasks]
@@ -232,7 +236,7 @@ class GenEvalScorer(Scorer):
     def _detect(self, images: Images, tasks: Sequence[Task]) -> list[list[Detection] | str]:
         try:
             return list(self._look(images, tasks))
-        except (KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError, OutOfMemoryError):
             raise
         except Exception:  # which picture it was is found out below
             return [self._detect_alone(image, task) for image, task in zip(images, tasks, strict=True)]
@@ -240,7 +244,7 @@ class GenEvalScorer(Scorer):
     def _detect_alone(self, image: Images, task: Task) -> list[Detection] | str:
         try:
             return self._look(np.asarray(image)[None], [task])[0]
-        except (KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # one bad image never kills a batch; its reason is kept
             return f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ramctl.hashing import file_sha256
 from ramctl.scorers.base import Images
 
 #: Detectors enlarge the shorter side to ``detector_side``: a strip of 1x500 would become 160,000 wide.
@@ -69,8 +69,7 @@ def is_installed(package: str) -> bool:
 @cache
 def fingerprint(file: Path) -> str:
     """The first eight hex digits of a model file's SHA-256."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:8]
+    return file_sha256(file)[:8]
 
 
 def to_bgr(image: Images) -> Images:
