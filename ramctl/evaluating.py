@@ -284,7 +284,8 @@ def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
     if not request.drawbench_metrics:
         if request.drawbench_prompts is not None:
             raise UsageError(
-                f"No metrics for {request.drawbench_prompts}: name some, e.g. --drawbench-metrics imagereward,pickscore."
+                f"No metrics for {request.drawbench_prompts}: name some, "
+                "e.g. --drawbench-metrics imagereward,pickscore."
             )
         return []
     section = config.evaluation if config is not None else EvaluationSection()

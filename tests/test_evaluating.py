@@ -25,6 +25,7 @@ from ramctl.images import ImageRow, load_image, read_image_folder
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag, write_prompts
 from ramctl.scorers.base import ImageScore, Scores
 from ramctl.scorers.composite import Reward, Term
+from ramctl.scorers.geneval import GenEvalScorer
 from ramctl.scorers.registry import create
 from ramctl.scoring import ScoredImages, score_folder, summarise
 from ramctl.settings import Settings
@@ -465,3 +466,17 @@ def test_two_processes_find_what_one_finds(request_: Request, tmp_path: Path) ->
     subprocess.run(["sha256sum", "--status", "-c", "pictures.sha256"], cwd=tmp_path / "two", check=True)
     again = evaluate(replace(wanted, output=tmp_path / "two")).evaluated
     assert (again.kept, again.changed, again.kept_scores) == (12, [], 12)
+
+
+def test_prompts_without_metrics_for_them_are_not_passed_over(request_: Request, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--drawbench-metrics"):
+        evaluate(replace(request_, drawbench_prompts=tmp_path / "drawbench.jsonl"))
+
+
+def test_all_that_a_scorer_lacks_is_said_before_anything_is_drawn(
+    request_: Request, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GenEvalScorer, "missing", lambda self: ["its environment is not there: make it"])
+    with pytest.raises(MissingDependencyError, match="its environment is not there"):
+        evaluate(request_)
+    assert not (run_folder / "evaluations").exists()

@@ -15,7 +15,7 @@ import torch
 
 from ramctl.engine.randomness import keyed_normal, keyed_seed
 from ramctl.engine.samplers import SAMPLERS
-from ramctl.errors import DataError, UsageError
+from ramctl.errors import DataError, RamctlError, UsageError
 from ramctl.images import load_image, read_image_folder
 from ramctl.prompts import Prompt
 from ramctl.sampling import Drawn, DrawSettings, Picture, draw, sample
@@ -241,3 +241,14 @@ def test_a_single_prompts_pictures_form_a_square(base: OpenModel, tiny_prompts: 
     settings = replace(SETTINGS, sampling_steps=1, images_per_prompt=4)
     samples = sample(base, tiny_prompts[:1], settings, output=tmp_path / "out")
     assert load_image(samples.grid).shape == (258, 258, 3)
+
+
+def test_a_folder_that_cannot_be_made_is_a_plain_error(
+    base: OpenModel, tiny_prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, **how: bool) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(RamctlError, match=r"Folder .*new cannot be made: Permission denied"):
+        sample(base, tiny_prompts[:1], SETTINGS, output=tmp_path / "new")

@@ -81,6 +81,9 @@ def _system_failure(error: BaseException) -> str | None:
             return "No space is left on the disk. Free some, then run the same command again."
         if isinstance(cause, MemoryError):
             return "The machine ran out of memory. Close other programs, or ask for less at once."
+        if type(cause).__module__.startswith(("torch._dynamo.exc", "torch._inductor.exc")):
+            first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            return f"torch.compile does not work on this machine ({first}). Go on with --runtime.compile false."
         if type(cause).__name__ == "OutOfMemoryError":
             return "The GPU ran out of memory. Free it of other programs, or ask for less at once."
     return None

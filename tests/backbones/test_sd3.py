@@ -268,3 +268,29 @@ def test_another_resolution_that_fits_works() -> None:
 
 def test_the_registry_loads_the_presets_family(tiny_settings: Settings) -> None:
     assert isinstance(load_backbone(tiny_settings.config, CPU), StableDiffusion3)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_velocity_and_gradient() -> None:
+    from ramctl.tinyworld.model import build_pipeline
+
+    torch.manual_seed(0)
+    spec = ModelSection(path="random", resolution=64, dtype="float32", use_t5=False)
+    ours = StableDiffusion3(build_pipeline(width=32, layers=2), spec, CPU, None)
+    ours.add_lora(ours.transformer, LoraSection(rank=4, alpha=4.0))
+    text = TextEmbeddings(torch.randn(2, 16, 256), torch.randn(2, 256))
+    x, t = noise(ours), torch.tensor([0.3, 0.9])
+
+    def run() -> tuple[Tensor, Tensor]:
+        ours.transformer.zero_grad()
+        velocity = ours.velocity(ours.transformer, x, t, text)
+        velocity.square().mean().backward()
+        grads = [p.grad.flatten() for p in ours.transformer.parameters() if p.grad is not None]
+        return velocity.detach(), torch.cat(grads)
+
+    plain = run()
+    ours.compile(ours.transformer)
+    compiled = run()
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 2
+    for one, other in zip(plain, compiled, strict=True):
+        assert (one - other).norm() / one.norm() < 1e-4

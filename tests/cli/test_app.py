@@ -209,6 +209,12 @@ class OutOfMemoryError(RuntimeError):
         (wrapped(OSError(errno.ENOSPC, "No space left on device")), "No space is left on the disk."),
         (MemoryError(), "The machine ran out of memory."),
         (OutOfMemoryError("CUDA out of memory"), "The GPU ran out of memory."),
+        (
+            type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})(
+                "No working C++ compiler"
+            ),
+            "torch.compile does not work on this machine (No working C++ compiler). Go on with --runtime.compile false",
+        ),
     ],
 )
 def test_failures_of_the_machine_are_plain_sentences(

@@ -175,6 +175,16 @@ def test_verify_reads_every_file_again(hub: Hub, tmp_path: Path, capsys: pytest.
     assert run("--verify") == 0
 
 
+def test_verifying_what_is_named_and_not_there_is_a_failure(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    run("one", "--mirror", hub.url)
+    assert run("--verify") == 0 and run("one", "--verify") == 0
+    capsys.readouterr()
+    assert run("one", "two", "--verify") == 1
+    captured = capsys.readouterr()
+    assert "RESULT weights.one=present" in captured.out and "not verified: two" in captured.err
+    assert run("two", "--list") == 0
+
+
 def test_a_dry_run_counts_bytes_and_space_and_fetches_nothing(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

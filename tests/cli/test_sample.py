@@ -97,6 +97,10 @@ def test_a_lora_goes_out_and_comes_back(
         (["models/tinyworld", "--export-lora", "x.safetensors"], "has no LoRA to export", 2),
         (["models/tinyworld", "--export-lora", "x.safetensors", "--lora-format", "koya"], "Did you mean 'kohya'", 2),
         (["models/tinyworld", "-p", "a star", "--sampler", "eulr"], "Did you mean 'euler'", 2),
+        (["models/tinyworld", "-p", "a star", "--lora-format", "kohya"], "give --export-lora FILE", 2),
+        (["models/tinyworld", "-p", "a star", "--lora", "."], "LoRA file . is a folder", 1),
+        (["models/tinyworld", "-p", "a star", "--output", "/dev/null"], "Output folder /dev/null is a file", 2),
+        (["models/tinyworld", "-p", "a star", "--output", "/dev/null/x"], "/dev/null/x cannot be made in /dev/null", 2),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(

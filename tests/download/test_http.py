@@ -164,6 +164,30 @@ def test_a_gated_model_without_a_token_says_how_to_get_access(hub: Hub, manifest
     assert len(hub.front.seen) == 1
 
 
+@pytest.mark.parametrize("token", ["…", "hf_a b\tc", "hf_é"])
+def test_what_is_no_token_is_said_and_sent_nowhere(
+    hub: Hub, manifest: Write, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    """As when somebody types the message's own ``export HF_TOKEN=…``."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    manifest(GATED)
+    hub.add("team/big", "big.bin", DATA)
+    said = fail(hub.url, "big")
+    assert "HF_TOKEN" in said and "settings/tokens" in said and token not in said
+    assert not [seen for seen in hub.front.seen if "Authorization" in seen.headers]
+
+
+def test_what_is_no_token_does_not_stand_before_a_public_file(
+    hub: Hub, manifest: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "…")
+    monkeypatch.setattr(http, "DEFAULT_HUB", hub.url)
+    manifest(ENTRY % "")
+    hub.add("team/big", "big.bin", DATA)
+    succeed(hub.url, "big")
+    assert here() == DATA
+
+
 def test_a_token_without_access_is_told_from_no_token(
     hub: Hub, manifest: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

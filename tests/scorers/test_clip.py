@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from ramctl.errors import DataError, MissingDependencyError, ScorerError, UsageError
+from ramctl.errors import DataError, MissingDependencyError, OutOfMemoryError, ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers import clip
 from ramctl.scorers.base import Images
 from ramctl.scorers.clip import MEAN, STD, Batches, clip_vit_l14, clip_vit_l14_version, preprocess, resize_tensor
+from ramctl.scorers.devices import placed
 from ramctl.scorers.geneval.colours import ColorNamer
 from ramctl.scorers.registry import create
 
@@ -337,14 +338,14 @@ def test_out_of_memory_halves_the_batch_once_and_for_good() -> None:
     torch.testing.assert_close(batches.run(10, counting(4, seen)), torch.arange(10))
     assert seen == [8, 4, 4, 2]
     torch.testing.assert_close(batches.run(5, counting(4, seen)), torch.arange(5))
-    with pytest.raises(ScorerError) as caught:
+    with pytest.raises(OutOfMemoryError) as caught:
         batches.run(5, counting(2, seen))
     for word in ("'x'", "batch_size", "bfloat16", 'device = "cpu"'):
         assert word in str(caught.value)
 
 
 def test_a_single_item_too_large_is_an_error_at_once() -> None:
-    with pytest.raises(ScorerError, match="at 1 images"):
+    with pytest.raises(OutOfMemoryError, match="at 1 images"):
         Batches(8, "x").run(1, counting(0, []))
 
 
@@ -362,3 +363,12 @@ def test_a_scorer_whose_batch_does_not_fit_goes_on_in_halves(clip_store: Any, mo
 
     monkeypatch.setattr(encoder, "image_features", small)
     np.testing.assert_allclose(scorer.score(images, prompts).value, expected, atol=1e-6)
+
+
+def test_a_network_the_gpu_has_no_room_for_is_reported_with_what_helps() -> None:
+    class Large:
+        def to(self, device: torch.device, dtype: torch.dtype) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemoryError, match=r"does not hold PickScore: .*bfloat16.*cpu"):
+        placed(Large(), torch.device("cpu"), torch.float32, "PickScore")

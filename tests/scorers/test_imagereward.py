@@ -457,6 +457,36 @@ def test_a_device_that_is_not_there_is_refused(store: Path) -> None:
         ImageRewardScorer(device="tpu").ensure_loaded()
 
 
+@pytest.mark.parametrize("text", ["half a pair \ud83d", None, 7], ids=ascii)
+def test_a_prompt_that_cannot_be_encoded_fails_alone(scorer: ImageRewardScorer, text: str) -> None:
+    images = noise(count=3)
+    expected = score(scorer, images, "a cat", "a cat", "red").value
+    scores = scorer.score(images, [Prompt("a cat"), Prompt(text), Prompt("red")])
+    assert scores.failed.tolist() == [False, True, False]
+    np.testing.assert_allclose(scores.value[[0, 2]], expected[[0, 2]], atol=1e-5)
+    assert "not valid Unicode" in str(scores.errors[1])
+    assert scorer.score(images[:1], [Prompt(text)]).failed.all()
+
+
+def test_autocast_around_it_changes_no_number(scorer: ImageRewardScorer) -> None:
+    expected = score(scorer, noise(), "a cat").value
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(score(scorer, noise(), "a cat").value, expected)
+
+
+def test_loading_draws_no_random_number(store: Path) -> None:
+    before = torch.random.get_rng_state()
+    ImageRewardScorer(device="cpu").ensure_loaded()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("key, value", [("mlp.layers.x.weight", torch.zeros(1, 4)), ("mlp.layers.9.weight", torch.zeros(4))])
+def test_a_head_of_something_else_is_named(store: Path, key: str, value: Tensor) -> None:
+    torch.save({**official_state(), key: value}, store / "imagereward" / "ImageReward.pt")
+    with pytest.raises(ScorerError, match="is not ImageReward v1.0: its head"):
+        ImageRewardScorer(device="cpu").ensure_loaded()
+
+
 # --- memory
 
 

@@ -63,7 +63,8 @@ class ColorNamer:
     def __init__(self, device: str = "auto", dtype: str = "float32") -> None:
         self.device = device
         self.dtype = dtype
-        self._loaded: tuple[ClipEncoder, Batches] | None = None
+        self._encoder: ClipEncoder | None = None
+        self._batches: Batches | None = None
         self._prototypes: dict[str, Tensor] = {}
 
     @property
@@ -83,9 +84,9 @@ class ColorNamer:
         Raises:
             MissingDependencyError: they are not there.
         """
-        from ramctl.scorers.clip import Batches, clip_vit_l14
+        from ramctl.scorers.clip import clip_vit_l14
 
-        self._loaded = clip_vit_l14(self.device, self.dtype), Batches(_BATCH, "geneval")
+        self._encoder = clip_vit_l14(self.device, self.dtype)
 
     def name(self, crops: Sequence[Images | None], class_names: Sequence[str]) -> list[str | None]:
         """The colour of each crop (see :func:`object_crop`) of an object of the class beside it; None for None.
@@ -95,9 +96,10 @@ class ColorNamer:
         """
         import torch
 
-        from ramctl.scorers.clip import preprocess
+        from ramctl.scorers.clip import Batches, preprocess
 
-        encoder, batches = self._engine()
+        encoder = self._clip()
+        self._batches = batches = self._batches or Batches(_BATCH, "geneval")
         seen = [index for index, crop in enumerate(crops) if crop is not None and crop.size]
         colors: list[str | None] = [None] * len(crops)
 
@@ -114,11 +116,11 @@ class ColorNamer:
                 colors[index] = COLORS[color]
         return colors
 
-    def _engine(self) -> tuple[ClipEncoder, Batches]:
-        if self._loaded is None:
+    def _clip(self) -> ClipEncoder:
+        if self._encoder is None:
             self.load()
-        assert self._loaded is not None
-        return self._loaded
+        assert self._encoder is not None
+        return self._encoder
 
     def _prototype(self, name: str) -> Tensor:
         """float32 [10, D], one unit row per colour."""
@@ -126,7 +128,7 @@ class ColorNamer:
 
         if name not in self._prototypes:
             sentences = [s.format(color=color, name=name) for color in COLORS for s in _SENTENCES]
-            features = self._engine()[0].text_features(sentences).float()
+            features = self._clip().text_features(sentences).float()
             mean = features.reshape(len(COLORS), len(_SENTENCES), -1).mean(dim=1)
             self._prototypes[name] = torch.nn.functional.normalize(mean, dim=-1)
         return self._prototypes[name]

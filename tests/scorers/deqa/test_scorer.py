@@ -17,6 +17,7 @@ from ramctl.errors import MissingDependencyError, RamctlError, ScorerError, Usag
 from ramctl.prompts import Prompt
 from ramctl.scorers import registry
 from ramctl.scorers.base import Images, Scores
+from ramctl.scorers.deqa import environment
 from ramctl.scorers.deqa import scorer as module
 from ramctl.scorers.deqa.scorer import DeqaScorer, model_files
 
@@ -259,3 +260,12 @@ def test_the_version_names_everything_the_number_depends_on(folder: Path) -> Non
 def test_wrong_options_are_refused_at_once(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="deqa"):
         registry.create("deqa", options)
+
+
+def test_an_absent_environment_counts_as_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights being there is not enough: doctor and evaluate ask this before anything is drawn."""
+    assert make().missing() == []
+    (line,) = make(python=str(tmp_path / "python")).missing()
+    assert environment.COMMAND in line

@@ -143,3 +143,22 @@ def test_a_box_without_area_gives_no_crop(box):
 def test_a_mask_of_another_picture_is_refused(box, shape):
     with pytest.raises(DataError, match="do not fit the picture"):
         object_crop(np.zeros((20, 20, 3), np.uint8), box, np.ones(shape, dtype=bool))
+
+
+def test_a_full_gpu_halves_the_batch_of_crops():
+    sizes = []
+    namer = ColorNamer()
+    namer._encoder = Measuring()
+    namer.name([flat("red")], ["tie"])  # its prototypes are known from here on
+
+    class Small(Measuring):
+        def image_features(self, pixels):
+            sizes.append(len(pixels))
+            if len(pixels) > 16:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().image_features(pixels)
+
+    namer._encoder = Small()
+    crops = [np.full((8, 8, 3), 10 * i, dtype=np.uint8) for i in range(20)]
+    named = namer.name(crops, ["tie"] * 20)
+    assert sizes == [20, 10, 10] and all(named)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ramctl.errors import DataError, MissingDependencyError, ScorerError, UsageError
+from ramctl.errors import DataError, MissingDependencyError, OutOfMemoryError, ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.geneval import Detector, GenEvalScorer, mask2former, mmdet_checkpoint
 from ramctl.scorers.geneval.coco import CLASS_NAMES
@@ -285,7 +285,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(detector, monkeypatch):
     assert len(detector.detect(images)) == 5
     assert sizes == [5, 2, 2, 1]
     monkeypatch.setattr(detector, "_network", lambda images, order: small(np.repeat(images, 3, axis=0), order))
-    with pytest.raises(ScorerError, match=r"one picture at a time.*dtype"):
+    with pytest.raises(OutOfMemoryError, match=r"'geneval' at 2 images.*dtype"):
         detector.detect(images)
 
 

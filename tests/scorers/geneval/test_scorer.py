@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ramctl.errors import DataError, UsageError
+from ramctl.errors import DataError, OutOfMemoryError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.geneval import Detection, Detector, GenEvalScorer, KnownPicture
 from ramctl.tinyworld.grammar import KINDS, all_scenes, corrupt, scene_prompt
@@ -182,3 +182,15 @@ def test_importing_the_scorer_loads_nothing_heavy():
     code = f"import sys, ramctl.scorers.geneval; print([m for m in {names} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_gpu_without_room_is_nobodys_picture(monkeypatch):
+    """Every picture would fail alike, one slow attempt each: the run is told instead."""
+
+    def full(images):
+        raise OutOfMemoryError("The GPU's memory does not hold it: batch_size")
+
+    scorer = GenEvalScorer(ScriptedDetector())
+    monkeypatch.setattr(scorer.detector, "detect", full)
+    with pytest.raises(OutOfMemoryError, match="batch_size"):
+        scorer.score(grey(1, 2), [CIRCLE] * 2)
