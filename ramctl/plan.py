@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ramctl.config import Config
-from ramctl.errors import DataError, RamctlError
+from ramctl.errors import DataError, MissingDependencyError, RamctlError
 from ramctl.resources import download_command, find_model, find_resource
 
 if TYPE_CHECKING:
@@ -380,7 +380,10 @@ def _disk(config: Config, parameters: Parameters) -> Disk:
 def model_source(config: Config) -> tuple[Path | None, FileSource]:
     """The model's folder where its configurations are at hand, and where its weights would come from."""
     path, name = config.model.path, f"model {config.model.path}"
-    folder = find_model(path, with_t5=config.model.use_t5)
+    try:
+        folder = find_model(path, with_t5=config.model.use_t5)
+    except MissingDependencyError as error:
+        return None, FileSource(name, "missing", str(error))
     if (folder / "model_index.json").is_file():
         absent = _absent_weights(folder, config)
         if absent:

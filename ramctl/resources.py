@@ -49,12 +49,21 @@ def find_resource(path: str | Path, *, relative_to: Path | None = None) -> Path:
 def find_model(path: str, *, with_t5: bool = False) -> Path:
     """Where a model named in a preset lies: a folder, or what ``ramctl download-weights`` has fetched of that hub id.
 
-    The path is returned as given when neither is there (or the download lacks its T5 and ``with_t5`` asks for it).
+    The path is returned as given when neither is there.
+
+    Raises:
+        MissingDependencyError: the download is there in part, or damaged (or lacks its T5 and ``with_t5`` asks for it);
+            fetching all of it from the hub instead, without a word, would surprise.
     """
-    from ramctl.weights import local_repository
+    from ramctl.weights import entry_folder, load_manifest, weight_folder
 
     folder = find_resource(path)
-    return folder if folder.exists() else local_repository(path, ("t5",) if with_t5 else ()) or folder
+    if folder.exists():
+        return folder
+    for entry in load_manifest().values():
+        if entry.repo == path and any(entry_folder(entry.name).glob("[!.]*")):
+            return weight_folder(entry.name, ("t5",) if with_t5 and "t5" in entry.parts else ())
+    return folder
 
 
 def download_command(path: str) -> str | None:

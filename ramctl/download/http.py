@@ -227,7 +227,8 @@ class Http:
         if entry.gated:
             raise DownloadError(
                 f"{entry.name} is gated, and the token here (HF_TOKEN, or that of `hf auth login`) is none: it holds "
-                f"characters no token has. Make one at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_..."
+                "characters no token has. Make one at https://huggingface.co/settings/tokens, then: "
+                "export HF_TOKEN=hf_..."
             )
         return None  # what everybody may read is there without it
 

@@ -351,8 +351,6 @@ class ImageRewardScorer(Scorer):
 
         if self._engine is None:
             raise RuntimeError("score_batch was called before load")
-        if not images.size:
-            return ["DataError: the picture has no pixels"] * len(prompts)
         network, tokenizer, batches = self._engine
         problems = {index: reason for index, prompt in enumerate(prompts) if (reason := _text_problem(prompt.text))}
         good = [index for index in range(len(prompts)) if index not in problems]

@@ -201,8 +201,6 @@ class DeqaScorer(Scorer):
         Raises:
             OutOfMemoryError: the GPU's memory does not hold half a batch either.
         """
-        if not images.size:
-            return ["DataError: the picture has no pixels"] * len(prompts)
         results: list[ImageScore | str] = []
         with self._lock:
             while len(results) < len(images):

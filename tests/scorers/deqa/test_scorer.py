@@ -114,7 +114,7 @@ def test_bad_pictures_fail_alone_or_with_their_batch_and_the_child_goes_on(
 ) -> None:
     assert len(score(scorer, plain(7)[:0])) == 0
     empty = score(scorer, np.zeros((2, 0, 5, 3), dtype=np.uint8))
-    assert list(empty.errors) == ["DataError: the picture has no pixels"] * 2
+    assert list(empty.errors) == ["the picture has no pixels"] * 2
     child = scorer._child
     mixed = score(scorer, plain(7, NOT_A_NUMBER, 9))
     assert mixed.failed.tolist() == [False, True, False]
@@ -262,9 +262,7 @@ def test_wrong_options_are_refused_at_once(options: dict[str, object]) -> None:
         registry.create("deqa", options)
 
 
-def test_an_absent_environment_counts_as_missing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_environment_counts_as_missing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights being there is not enough: doctor and evaluate ask this before anything is drawn."""
     assert make().missing() == []
     (line,) = make(python=str(tmp_path / "python")).missing()
