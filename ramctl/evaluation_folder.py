@@ -94,7 +94,9 @@ class KeptScores:
             content = json.loads((folder / SCORES).read_text(encoding="utf-8"))
             if content["protocol"]["prompt_file_sha256"] != prompt_file_sha256:
                 return
-            rows = [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
+            # Not splitlines(): that also splits at separators which prompts may hold as they are.
+            lines = (folder / LINES).read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
             self._rows = {(row["file"], row["sha256"]): row for row in rows}
             self._scorers = content["scorers"]
         except (OSError, ValueError, KeyError, TypeError):

@@ -40,12 +40,14 @@ def parse_prompt(line: str, where: str) -> Prompt:
     """One JSONL line as a :class:`Prompt`; ``where`` (file and line number) opens the error message.
 
     Raises:
-        DataError: the line is not a JSON object, or has no non-empty ``prompt`` string.
+        DataError: the line is not a JSON object of valid Unicode, or has no non-empty ``prompt`` string.
     """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+    if "\\ud" in line.lower() and not is_unicode(json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{where}: not valid Unicode: it holds half of a surrogate pair (an escape such as \\ud83d).")
     if not isinstance(row, dict):
         raise DataError(f'{where}: expected a JSON object such as {{"prompt": "…"}}, got {type(row).__name__}.')
     text = row.get("prompt")
@@ -54,11 +56,21 @@ def parse_prompt(line: str, where: str) -> Prompt:
     return Prompt(text=text, metadata={key: value for key, value in row.items() if key != "prompt"})
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: half of a surrogate pair, or a byte of the command line that is none, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_lines(file: Path) -> list[str]:
+    # With "-sig", as Windows' editors begin a file with a byte order mark.
     # Not str.splitlines: captions may hold other line separators (U+2028, U+0085), which JSON leaves as they are.
     if file.suffix != ".gz":
-        return file.read_text(encoding="utf-8").split("\n")
-    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    with gzip.open(file, "rt", encoding="utf-8-sig") as stream:
         return stream.read().split("\n")
 
 

@@ -25,7 +25,7 @@ from ramctl.engine.samplers import SAMPLERS, Sampler
 from ramctl.errors import DataError, RamctlError, UsageError, did_you_mean
 from ramctl.images import GRID, METADATA, Image, load_image, make_grid, save_png
 from ramctl.lora_export import WithLora
-from ramctl.prompts import Prompt, write_prompts
+from ramctl.prompts import Prompt, is_unicode, write_prompts
 from ramctl.runfolder import numbered
 from ramctl.scoring import write_whole
 
@@ -66,6 +66,8 @@ class DrawSettings:
                 raise UsageError(f"{name} must be {least} or more, got {getattr(self, name)}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale must be 0 or more (1 is none), got {self.guidance_scale}.")
+        if not is_unicode(self.negative_prompt):
+            raise UsageError(f"The negative prompt {self.negative_prompt!r} is not valid Unicode.")
         if self.sampler not in SAMPLERS:
             raise UsageError(
                 f"There is no sampler {self.sampler!r}; choose {' or '.join(SAMPLERS)}."
@@ -134,6 +136,9 @@ def check_request(
         raise UsageError("No prompts: give --prompt TEXT (repeatable) or --prompts FILE.")
     if not all(prompt.text.strip() for prompt in prompts):
         raise UsageError("A prompt is empty; write what the picture should show.")
+    broken = next((prompt.text for prompt in prompts if not is_unicode(prompt.text)), None)
+    if broken is not None:
+        raise UsageError(f"The prompt {broken!r} is not valid Unicode; type it in a UTF-8 terminal, or use --prompts.")
     if compare_base and source.checkpoint is None and not with_lora:
         raise UsageError(
             f"{source.label} is a base model; --compare-base needs a checkpoint or a --lora to compare with it."

@@ -318,16 +318,18 @@ def _part_file(path: str, name: str) -> Path:
         if not (folder / name).is_file():
             raise ConfigError(f"Model folder {folder} is not complete: {folder / name} is missing.")
         return folder / name
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
         return Path(hf_hub_download(path, name, local_files_only=True))
     except OSError:
         pass  # not in the cache
     try:
+        # Asked once first: the download asks a hub that cannot be reached for most of a minute.
+        get_hf_file_metadata(hf_hub_url(path, name), timeout=15)
         return Path(hf_hub_download(path, name))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise MissingDependencyError(
             f"{path} is no checkpoint, no folder here, and no model that could be downloaded ({reason}). "
             "Name a run folder, a checkpoint, a diffusers folder such as models/tinyworld, or a hub id."

@@ -101,3 +101,11 @@ def test_a_folder_is_used_by_one_protocol(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
         choose_folder(tmp_path / "file", default, {})
+
+
+def test_a_line_separator_in_a_text_does_not_cost_the_scores(folder: Path) -> None:
+    lines = folder / "scores.jsonl"
+    first, rest = lines.read_text().split("\n", 1)
+    odd = {**json.loads(first), "prompt": "one\u2028two\u0085three"}
+    lines.write_text(json.dumps(odd, ensure_ascii=False) + "\n" + rest, encoding="utf-8")
+    assert KeptScores(folder, "p").find(**KNOWN) is not None

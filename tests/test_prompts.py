@@ -90,3 +90,20 @@ def test_a_short_selection_takes_the_tags_in_turn() -> None:
     prompts = [Prompt(f"{tag}{n}", {"tag": tag}) for tag in "aabbbc" for n in (1,)]
     assert [p.tag for p in spread_by_tag(prompts, 4)] == ["a", "b", "c", "a"]
     assert len(spread_by_tag(prompts, 99)) == len(prompts)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt", "prompts.txt.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path, name: str) -> None:
+    text = "a red star" if ".txt" in name else '{"prompt": "a red star"}'
+    data = f"{text}\n".encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["a red star"]
+
+
+@pytest.mark.parametrize("line", [r'{"prompt": "a \ud83d star"}', r'{"prompt": "a star", "target": "\uD83D"}'])
+def test_half_a_character_is_refused_where_it_stands(tmp_path: Path, line: str) -> None:
+    """No tokenizer takes it and no file can hold it, so it would break a run much later."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(r'{"prompt": "a whole one \ud83d\ude00"}' + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2: not valid Unicode"):
+        read_prompts(file)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,19 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch,
     assert weight_hashes(found.model).keys() >= {"transformer/diffusion_pytorch_model.safetensors"}
     with pytest.raises(MissingDependencyError, match="someone/other is no checkpoint"):
         find_source("someone/other")
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What looks like a hub id is often a mistyped path."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda repository, name: f"http://127.0.0.1:1/{name}")
+    began = time.monotonic()
+    with pytest.raises(MissingDependencyError, match=r"someone/other is no checkpoint.*refused"):
+        find_source("someone/other")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.slow

@@ -96,22 +96,17 @@ class ClipScorer(Scorer):
         self._engine = self.make_encoder(), Batches(self.batch_size, self.name)
 
     def score_batch(self, images: Images, prompts: Sequence[Prompt]) -> list[ImageScore | str]:
-        """Score N pictures; one that cannot be prepared, or a prompt that cannot be encoded, fails alone."""
+        """Score N pictures; one whose prompt cannot be encoded fails alone."""
         problems: dict[int, str] = {}
-        for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        for index, prompt in enumerate(prompts):
             try:
-                self._check(image, prompt)
+                if self.reads_prompt:
+                    self.engine[0].tokens(prompt.text)
             except DataError as error:
                 problems[index] = f"DataError: {error}"
         good = [index for index in range(len(images)) if index not in problems]
         scores = self._score_good(images, prompts, good) if good else {}
         return [problems[index] if index in problems else scores[index] for index in range(len(images))]
-
-    def _check(self, image: Images, prompt: Prompt) -> None:
-        if not image.size:
-            raise DataError("the picture has no pixels")
-        if self.reads_prompt:
-            self.engine[0].tokens(prompt.text)
 
     def _score_good(self, images: Images, prompts: Sequence[Prompt], good: list[int]) -> dict[int, ImageScore]:
         import torch

@@ -97,6 +97,8 @@ def test_a_lora_goes_out_and_comes_back(
         (["models/tinyworld", "--export-lora", "x.safetensors"], "has no LoRA to export", 2),
         (["models/tinyworld", "--export-lora", "x.safetensors", "--lora-format", "koya"], "Did you mean 'kohya'", 2),
         (["models/tinyworld", "-p", "a star", "--sampler", "eulr"], "Did you mean 'euler'", 2),
+        (["models/tinyworld", "-p", "a \udcff star"], "not valid Unicode", 2),
+        (["models/tinyworld", "-p", "a star", "--negative-prompt", "\udcff"], "not valid Unicode", 2),
         (["models/tinyworld", "-p", "a star", "--lora-format", "kohya"], "give --export-lora FILE", 2),
         (["models/tinyworld", "-p", "a star", "--lora", "."], "LoRA file . is a folder", 1),
         (["models/tinyworld", "-p", "a star", "--output", "/dev/null"], "Output folder /dev/null is a file", 2),
