@@ -8,7 +8,6 @@ and the previous one used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from ramctl.config import LoraSection
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import Trainer
 from ramctl.errors import CheckpointError
+from ramctl.hashing import file_sha256
 
 #: the evaluation weights, under the name diffusers' load_lora_weights looks for.
 EVALUATION_FILE = "pytorch_lora_weights.safetensors"
@@ -44,11 +44,6 @@ _STEP = re.compile(r"^step-(\d{6,})$")
 def set_files(lora: LoraSection) -> dict[str, str]:
     """File name of each weight set."""
     return SET_FILES if lora.rank else FULL_SET_FILES
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -118,7 +113,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if _sha256(path) != expected:
+        if file_sha256(path) != expected:
             return f"{path} is damaged (its SHA-256 differs from the manifest)"
     return None
 
@@ -198,7 +193,7 @@ class CheckpointStore:
         state = {"step": trainer.step_index, **extra}
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-        manifest = {"sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())}}
+        manifest = {"sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())}}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             # safetensors makes its files readable by their owner only; colleagues share run folders.
