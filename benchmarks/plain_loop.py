@@ -3,8 +3,8 @@
 One eager network with two peft adapters that are switched for every forward pass, guidance by a doubled batch, one
 micro-batch size for everything, prompts embedded batch by batch with their duplicates, the autoencoder in float32, and
 one thing after the other: sample, decode, score, then for each micro-batch the reference's, the old and the trained
-network's pass. It draws its random numbers from ramctl's keys, so it computes the same step: the same pictures, targets,
-loss and gradient up to rounding (``tests/benchmarks/test_plain_loop.py`` holds the tolerance).
+network's pass. It draws its random numbers from ramctl's keys, so it computes the same step: the same pictures,
+targets, loss and gradient up to rounding (``tests/benchmarks/test_plain_loop.py`` holds the tolerance).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class PhaseClock:
 class PlainStep:
     """What a step computed, for comparison.
 
-    loss: mean over the step's items. gradients: what the optimizer got, by parameter name. latents: float32 [N, C, h, w].
-    rewards: float32 [N]. seconds: by phase, and ``total``.
+    loss: mean over the step's items. gradients: what the optimizer got, by parameter name. latents: float32
+    [N, C, h, w]. rewards: float32 [N]. seconds: by phase, and ``total``.
     """
 
     loss: float
@@ -150,7 +150,7 @@ class PlainLoop:
                 parameter.copy_(tensors[name])
 
     def resident_bytes(self) -> int:
-        """What this loop alone keeps in memory between steps: its network and autoencoder, and the optimizer's state."""
+        """What this loop alone keeps in memory between steps: its network, autoencoder and optimizer state."""
         tensors = [*self.transformer.parameters(), *self.vae.parameters()]
         tensors += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
