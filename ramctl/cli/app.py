@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP's threads wait for one another by spinning, by default so long that other programs at work slow training
-        # several-fold. Read when torch is loaded; a quiet machine is as fast with it as without.
+        # OpenMP's threads wait for one another by spinning, by default so long that other programs at work slow
+        # training several-fold. Read when torch is loaded; a quiet machine is as fast with it as without.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warn_plainly()
     for stream in (sys.stdout, sys.stderr):
