@@ -1,6 +1,6 @@
 """Full-size random weights for ``geneval`` with its official detector, in the official files' layouts.
 
-    RAMCTL_WEIGHTS=/tmp/weights python -m benchmarks.random_geneval_weights
+    RAMCTL_WEIGHTS=FOLDER python -m benchmarks.random_geneval_weights
 
 What the scorer takes of time and memory does not depend on their values. The class head is sharpened, so that objects
 are found and colours asked for. Needs a checkout: the layouts are written by the tests' own code.

@@ -1,6 +1,6 @@
 """A diffusers folder with Stable Diffusion 3.5 Medium's architecture and random weights.
 
-    python -m benchmarks.random_sd35 /tmp/random-sd35 [--device cuda] [--without-t5] [--layers 2]
+    python -m benchmarks.random_sd35 FOLDER [--device cuda] [--without-t5] [--layers 2]
 
 The official weights are gated; speed, memory and the plumbing of full-size runs do not depend on their values. Sizes
 are those of the published configuration files: 24 joint blocks of width 1536 (13 with a second image attention), CLIP

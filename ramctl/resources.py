@@ -55,22 +55,20 @@ def find_model(path: str, *, with_t5: bool = False) -> Path:
         MissingDependencyError: the download is there in part, or damaged (or lacks its T5 and ``with_t5`` asks for it);
             fetching all of it from the hub instead, without a word, would surprise.
     """
-    from ramctl.weights import entry_folder, load_manifest, weight_folder
+    from ramctl.weights import entry_folder, entry_of_repository, weight_folder
 
     folder = find_resource(path)
     if folder.exists():
         return folder
-    for entry in load_manifest().values():
-        if entry.repo == path and any(entry_folder(entry.name).glob("[!.]*")):
-            return weight_folder(entry.name, ("t5",) if with_t5 and "t5" in entry.parts else ())
-    return folder
+    entry = entry_of_repository(path)
+    if entry is None or not any(entry_folder(entry.name).glob("[!.]*")):
+        return folder
+    return weight_folder(entry.name, ("t5",) if with_t5 and "t5" in entry.parts else ())
 
 
 def download_command(path: str) -> str | None:
     """The command that fetches a hub model into the store, where the manifest knows that model."""
-    from ramctl.weights import load_manifest
+    from ramctl.weights import entry_of_repository
 
-    for entry in load_manifest().values():
-        if entry.repo == path:
-            return f"ramctl download-weights {entry.name}"
-    return None
+    entry = entry_of_repository(path)
+    return None if entry is None else f"ramctl download-weights {entry.name}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ramctl import __version__
-from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batch
 from ramctl.engine.randomness import keyed_seed
 from ramctl.engine.rollout import generate
 from ramctl.engine.samplers import SAMPLERS, Sampler
@@ -228,7 +228,7 @@ def draw(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RamctlError(f"Folder {folder} cannot be made: {error.strerror or error}.") from None
-    at_once = MicroBatch(size, "drawing pictures,", "rollout.micro_batch")
+    at_once = drawing_batch(size)
     known = None if hash_list is None else read_hashes(hash_list)
     hashes: dict[str, str] = {}
     changed: list[str] = []

@@ -36,6 +36,11 @@ def _tokens_on_gpu(device: torch.device) -> int:
     return _GPU_TOKENS if share >= 1 else int(_GPU_TOKENS * 2.0 ** math.floor(math.log2(share)))
 
 
+def drawing_batch(size: int) -> MicroBatch:
+    """Passes that draw pictures, where no preset's key names their size (``ramctl sample``, ``ramctl evaluate``)."""
+    return MicroBatch(size, "drawing pictures,", "Free its memory of other programs.")
+
+
 class MicroBatch:
     """The size of one phase's passes. It is halved once if the GPU's memory runs out, and stays so.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
-from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batch
 from ramctl.engine.randomness import keyed_normal
 from ramctl.engine.samplers import Sampler
 
@@ -68,7 +68,7 @@ def generate(
     negative = backbone.encode([negative_prompt]) if guidance_scale != 1.0 else None
     if not isinstance(micro_batch, MicroBatch):
         size = micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
-        micro_batch = MicroBatch(size, "drawing pictures,", "Free its memory of other programs.")
+        micro_batch = drawing_batch(size)
     latents: list[Tensor] = []
     images: list[NDArray[np.uint8]] = []
     start = 0

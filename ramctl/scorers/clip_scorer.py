@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ramctl.errors import DataError, UsageError
+from ramctl.errors import DataError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Floats, Images, ImageScore, Scorer, SelfTest
+from ramctl.scorers.devices import check_network_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ramctl.scorers.clip import Batches, ClipEncoder
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ClipScorer(Scorer):
@@ -42,10 +41,7 @@ class ClipScorer(Scorer):
 
     def __init__(self, device: str = "auto", dtype: str = "float32", batch_size: int = 16) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise UsageError(f"Scorer {self.name!r}: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}.")
-        if batch_size < 1:
-            raise UsageError(f"Scorer {self.name!r}: batch_size is {batch_size}, it must be 1 or more.")
+        check_network_options(self.name, dtype, batch_size)
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size

@@ -1,4 +1,4 @@
-"""Where a scorer's networks run."""
+"""Where a scorer's networks run, and in what precision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from ramctl.errors import OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Precisions of a scorer's network.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_network_options(scorer: str, dtype: str, batch_size: int) -> None:
+    """Refuse what no scorer with a network can run with.
+
+    Raises:
+        UsageError: another precision, or a batch without pictures.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"Scorer {scorer!r}: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}.")
+    if batch_size < 1:
+        raise UsageError(f"Scorer {scorer!r}: batch_size is {batch_size}, it must be 1 or more.")
 
 
 def scorer_device(option: str) -> torch.device:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramctl.errors import ScorerError, UsageError
+from ramctl.errors import ScorerError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
-from ramctl.scorers.clip_scorer import DTYPES, matching_test
-from ramctl.scorers.devices import placed, scorer_device
+from ramctl.scorers.clip_scorer import matching_test
+from ramctl.scorers.devices import check_network_options, placed, scorer_device
 
 if TYPE_CHECKING:
     import torch
@@ -295,10 +295,7 @@ class ImageRewardScorer(Scorer):
 
     def __init__(self, device: str = "auto", dtype: str = "float32", batch_size: int = 32) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise UsageError(f"Scorer {self.name!r}: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}.")
-        if batch_size < 1:
-            raise UsageError(f"Scorer {self.name!r}: batch_size is {batch_size}, it must be 1 or more.")
+        check_network_options(self.name, dtype, batch_size)
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size

@@ -8,6 +8,7 @@ from ramctl.weights.manifest import (
     MANIFEST_VARIABLE,
     Entry,
     WantedFile,
+    entry_of_repository,
     find_entry,
     load_manifest,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "WantedFile",
     "condition_of",
     "entry_folder",
+    "entry_of_repository",
     "find_entry",
     "fingerprint",
     "load_manifest",

@@ -123,6 +123,11 @@ class Entry:
         return self.about_bytes or sum(file.bytes_about for file in self.wanted(parts))
 
 
+def entry_of_repository(repo_id: str) -> Entry | None:
+    """The entry whose files are those of the hub repository ``repo_id``."""
+    return next((entry for entry in load_manifest().values() if entry.repo == repo_id), None)
+
+
 def load_manifest(path: Path | None = None) -> Mapping[str, Entry]:
     """The manifest's entries by name, in its order.
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ramctl import hashing
 from ramctl.errors import MissingDependencyError
-from ramctl.weights.manifest import Entry, WantedFile, find_entry, load_manifest
+from ramctl.weights.manifest import Entry, WantedFile, entry_of_repository, find_entry
 
 #: Environment variable: the folder that holds the entries' folders.
 ROOT_VARIABLE = "RAMCTL_WEIGHTS"
@@ -112,13 +112,11 @@ def weight_folder(name: str, parts: Collection[str] = ()) -> Path:
 
 def local_repository(repo_id: str, parts: Collection[str] = ()) -> Path | None:
     """The store's folder of the hub repository ``repo_id`` if it is complete with the optional ``parts``, else None."""
-    for entry in load_manifest().values():
-        if entry.repo == repo_id:
-            try:
-                return weight_folder(entry.name, parts)
-            except MissingDependencyError:
-                return None
-    return None
+    entry = entry_of_repository(repo_id)
+    try:
+        return None if entry is None else weight_folder(entry.name, parts)
+    except MissingDependencyError:
+        return None
 
 
 def fingerprint(name: str, file: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ramctl.engine.micro_batch import MicroBatch
+from ramctl.engine.micro_batch import MicroBatch, drawing_batch
 from ramctl.errors import OutOfMemoryError
 
 
@@ -56,3 +56,8 @@ def test_other_errors_pass() -> None:
 
     with pytest.raises(ValueError, match="no memory matter"):
         batch(8).run(work)
+
+
+def test_commands_without_a_key_for_the_size_are_told_what_they_can_do() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"drawing pictures, 4 at once\. Free its memory of other programs\.$"):
+        drawing_batch(8).run(Card(3).work)

@@ -22,9 +22,9 @@ import numpy as np
 from ramctl.errors import MissingDependencyError, OutOfMemoryError, RamctlError, ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
-from ramctl.scorers.clip_scorer import DTYPES
 from ramctl.scorers.deqa import environment
 from ramctl.scorers.deqa.process import Child, ChildError
+from ramctl.scorers.devices import check_network_options
 
 RULE = "deqa-mix3-1"
 ENTRY = "deqa"
@@ -117,10 +117,7 @@ class DeqaScorer(Scorer):
         timeout: float = 300.0,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise UsageError(f"Scorer {self.name!r}: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}.")
-        if batch_size < 1:
-            raise UsageError(f"Scorer {self.name!r}: batch_size is {batch_size}, it must be 1 or more.")
+        check_network_options(self.name, dtype, batch_size)
         if not (start_timeout > 0 and timeout > 0):
             raise UsageError(f"Scorer {self.name!r}: start_timeout and timeout must be positive numbers of seconds.")
         self.python = python
