@@ -5,6 +5,7 @@ Several machines are the business of ``accelerate launch`` or ``torchrun``, whic
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -34,13 +35,36 @@ def _on_sigterm(signum: int, frame: object) -> None:
 
 def is_launched() -> bool:
     """Whether this process is already one of several (started by us, accelerate or torchrun)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Ending:
+    """Ends a process that is still joined to others at its exit, without taking the interpreter apart.
+
+    After an error nobody has left the process group, since its partners may be waiting in it. Gloo's threads then let
+    go of tensors while the interpreter is taken apart, and at times that aborts the process: SIGABRT in place of the
+    exit code. Make it before anything else registers with ``atexit``: it comes last, after all other clearing up.
+    """
+
+    def __init__(self) -> None:
+        self.code = 1
+        if is_launched():
+            atexit.register(self._end)
+
+    def _end(self) -> None:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_initialized():
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe
+                stream.flush()
+        os._exit(self.code)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -126,6 +126,43 @@ def test_the_command_that_resumes_is_the_one_that_was_typed(tmp_path: Path, monk
     assert resume_command(tmp_path) == "ramctl train p --num-processes 2"
 
 
+@pytest.mark.parametrize(
+    ("joined", "words", "code"), [(True, ["nowhere"], 2), (True, ["--version"], 0), (False, ["nowhere"], 2)]
+)
+def test_a_process_still_joined_to_others_ends_with_its_code_and_all_but_the_teardown(
+    joined: bool, words: list[str], code: int
+) -> None:
+    """Gloo's threads may abort a process whose interpreter is being taken apart; ``Last`` stands for that."""
+    program = f"""
+import atexit, os, sys
+from ramctl.cli.app import main
+class Last:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
+last = Last()
+if {joined}:
+    from torch import distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+real_exit = sys.exit
+def exit(code):
+    atexit.register(print, "cleared up", end=" ")
+    real_exit(code)
+sys.exit = exit
+main({words!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "cleared up" in done.stdout
+    assert ("taken apart" in done.stdout) is not joined
+
+
 @pytest.mark.slow
 def test_a_real_mistake_in_two_processes_is_told_once(tmp_path: Path) -> None:
     words = (

@@ -17,6 +17,7 @@ import typer
 
 from ramctl import __version__
 from ramctl.cli._errors import report, warn_plainly
+from ramctl.launch import Ending
 
 #: The modules of the subcommands, in the order of the help.
 COMMANDS: tuple[str, ...] = ("train", "sample", "score", "evaluate", "download_weights", "presets", "doctor")
@@ -64,16 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # training several-fold. Read when torch is loaded; a quiet machine is as fast with it as without.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warn_plainly()
+    ending = Ending()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character gets a stand-in, not a crash.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         app([word for word in words if word != "--debug"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, debug=debug)
         if isinstance(error, BrokenPipeError):
             # The interpreter would complain of the closed pipe when it flushes on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(code)
-    sys.exit(0)
+    ending.code = code
+    sys.exit(code)
