@@ -1,10 +1,10 @@
 """One RAM step written the way research scripts are: what :mod:`benchmarks.ram_step` measures ``ramctl`` against.
 
-One eager network with two peft adapters that are switched for every forward pass, guidance by a doubled batch, one
-micro-batch size for everything, prompts embedded batch by batch with their duplicates, the autoencoder in float32, and
-one thing after the other: sample, decode, score, then for each micro-batch the reference's, the old and the trained
-network's pass. It draws its random numbers from ramctl's keys, so it computes the same step: the same pictures,
-targets, loss and gradient up to rounding (``tests/benchmarks/test_plain_loop.py`` holds the tolerance).
+One eager network of diffusers with two peft adapters that are switched for every forward pass, guidance by a doubled
+batch, one micro-batch size for everything, prompts embedded batch by batch with their duplicates, the autoencoder in
+float32, and one thing after the other: sample, decode, score, then for each micro-batch the reference's, the old and
+the trained network's pass. It draws its random numbers from ramctl's keys, so it computes the same step: the same
+pictures, targets, loss and gradient up to rounding (``tests/benchmarks/test_plain_loop.py`` holds the tolerance).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,6 +104,7 @@ class PlainLoop:
         self.scheduler = copy.deepcopy(self.pipeline.scheduler)
         self.vae = copy.deepcopy(self.pipeline.vae).float().to(memory_format=torch.contiguous_format)
         self.transformer: Any = copy.deepcopy(backbone.transformer)
+        self.transformer.set_attn_processor(JointAttnProcessor2_0())
         self._add_adapters()
         self.parameters = self._adapter(POLICY)
         self.optimizer = torch.optim.AdamW(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
 from ramctl.backbones.parking import ParkedNetwork
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PREFIX = "transformer."
-_PLAIN_ATTENTION_TOKENS = 128
 _PROMPTS_AT_ONCE = 64  # a T5 takes gigabytes for more
 #: Pixels decoded at once: eight pictures of 512x512 take some 3 GB and already fill a GPU.
 _PIXELS_AT_ONCE = 8 * 512**2
@@ -142,6 +140,10 @@ class StableDiffusion3(Backbone):
         pipeline.vae.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
         shape: Any = pipeline.transformer.config
+        if device.type == "cpu" and shape.qk_norm in (None, "rms_norm"):
+            from ramctl.backbones.lean import CpuJointAttention
+
+            self.transformer.set_attn_processor(CpuJointAttention())  # type: ignore[operator]
         pipeline.vae.to(memory_format=torch.channels_last)
         side, remainder = divmod(spec.resolution, pipeline.vae_scale_factor)
         patch = shape.patch_size
@@ -186,21 +188,9 @@ class StableDiffusion3(Backbone):
             )
         return TextEmbeddings(tokens, pooled)
 
-    def _attention(self, network: nn.Module, text_tokens: int) -> contextlib.AbstractContextManager[Any]:
-        """On a CPU and few tokens plain matrix products beat the fused attention, most of all in the backward pass.
-
-        Not with gradient checkpointing: the recomputation, outside this context, must take the same kernel.
-        """
-        if getattr(network, "gradient_checkpointing", False):
-            return contextlib.nullcontext()
-        _, height, width = self.latent_shape
-        if self.device.type == "cpu" and text_tokens + height * width // 4 <= _PLAIN_ATTENTION_TOKENS:
-            return sdpa_kernel(SDPBackend.MATH)
-        return contextlib.nullcontext()
-
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
         """v(x_t, t | text), float32; the network reads t·1000."""
-        with self._autocast(), self._attention(network, text.tokens.shape[1]):
+        with self._autocast():
             (velocity,) = network(
                 hidden_states=x_t.to(text.tokens.dtype),
                 encoder_hidden_states=text.tokens,
@@ -274,6 +264,8 @@ class StableDiffusion3(Backbone):
         """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""
         from peft import LoraConfig
 
+        from ramctl.backbones.lean import LoraLinear
+
         linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
         for target in lora.target_modules:
             if not any(name == target or name.endswith("." + target) for name in linear):
@@ -285,6 +277,7 @@ class StableDiffusion3(Backbone):
             init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         )
         network.add_adapter(config)  # type: ignore[operator]
+        LoraLinear.adopt(network)
         for name, parameter in network.named_parameters():
             trainable = "lora_" in name
             parameter.requires_grad_(trainable)

@@ -16,17 +16,24 @@ T = TypeVar("T")
 #: Image tokens of a training pass on a card with this many bytes (80 GB cards report a little less); with half as many
 #: bytes, half the tokens.
 _GPU_TOKENS, _ROOMY_GPU = 16_384, 75e9
+#: The same for any pass on a CPU. Larger batches spread the cost of starting an operation and its threads; but a
+#: network that draws pictures of more than ``_FEW_TOKENS`` is itself large, and trains on a quarter.
+_CPU_TOKENS, _FEW_TOKENS = 4_096, 256
 
 
 def auto_micro_batch(latent_shape: tuple[int, int, int], device: torch.device, *, training: bool) -> int:
     """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
 
-    A no-gradient pass keeps no activations and takes four times the pictures of a training pass. At 512 pixels on a GPU
-    of 80 GB or more this gives 16 for training, on one of 24 GB 4; on a CPU the budget is what stays in the caches.
+    A no-gradient pass keeps no activations and on a GPU takes four times the pictures of a training pass. At 512 pixels
+    on a GPU of 80 GB or more this gives 16 for training, on one of 24 GB 4. On a CPU pictures of 64 pixels are taken
+    256 at a time, pictures of 512 pixels four at a time, and one for training.
     """
     tokens = max(1, latent_shape[1] * latent_shape[2] // 4)
-    budget = _tokens_on_gpu(device) if device.type == "cuda" else 1_024
-    return max(1, (budget if training else 4 * budget) // tokens)
+    if device.type == "cuda":
+        budget = _tokens_on_gpu(device) * (1 if training else 4)
+    else:
+        budget = _CPU_TOKENS // (4 if training and tokens > _FEW_TOKENS else 1)
+    return max(1, budget // tokens)
 
 
 def _tokens_on_gpu(device: torch.device) -> int:

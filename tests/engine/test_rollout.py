@@ -116,5 +116,8 @@ def test_automatic_micro_batches_follow_the_number_of_image_tokens() -> None:
     assert auto_micro_batch(at_512, gpu, training=True) == 16
     assert auto_micro_batch(at_512, gpu, training=False) == 64
     assert auto_micro_batch(at_512, cpu, training=True) == 1
-    assert auto_micro_batch((8, 16, 16), cpu, training=True) == 16
+    assert auto_micro_batch(at_512, cpu, training=False) == 4
+    assert auto_micro_batch((8, 16, 16), cpu, training=True) == 64
+    assert auto_micro_batch((16, 8, 8), cpu, training=True) == 256
+    assert auto_micro_batch((16, 8, 8), cpu, training=False) == 256
     assert auto_micro_batch((16, 256, 256), cpu, training=True) == 1
