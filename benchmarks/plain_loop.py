@@ -321,6 +321,7 @@ def _refuse_unknown(config: Config) -> None:
     beyond = {
         "lora.rank = 0": not config.lora.rank,
         "rollout.sampler": config.rollout.sampler != "euler",
+        "rollout.guidance_min_noise, guidance_max_noise": config.rollout.guidance_interval != (0.0, 1.0),
         "ram.updates_per_step": config.ram.updates_per_step != 1,
         "ram.path_cost": config.ram.path_cost,
         "ram.stratify_times": config.ram.stratify_times,

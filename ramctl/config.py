@@ -119,7 +119,24 @@ class RolloutSection(Section):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         default=2.0, description="Classifier-free guidance of the rollouts; 1 is none"
     )
+    guidance_min_noise: Share = Field(
+        default=0.0, description="Lowest noise level at which to guide; below, a step is one pass instead of two"
+    )
+    guidance_max_noise: Share = Field(
+        default=1.0, description="Highest noise level at which to guide; 1 is pure noise, the first step"
+    )
     micro_batch: MicroBatch = Field(default=0, description="Pictures sampled at once per process; 0 chooses")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RolloutSection:
+        if self.guidance_min_noise > self.guidance_max_noise:
+            raise ValueError("guidance_min_noise must not be above guidance_max_noise")
+        return self
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        """Lowest and highest noise level at which to guide."""
+        return self.guidance_min_noise, self.guidance_max_noise
 
 
 class RamSection(Section):

@@ -256,6 +256,8 @@ class TestBadKeysAndValues:
         assert "updates_per_step (9) cannot exceed noisings_per_image (8)" in text
         assert "updates_per_step: command line" in text
         assert "noisings_per_image: preset geneval-tiny" in text
+        text = complaint("geneval-tiny", ("guidance_min_noise", "0.9"), ("guidance_max_noise", "0.2"))
+        assert "[rollout] guidance_min_noise must not be above guidance_max_noise" in text
 
     def test_source_is_the_layer_that_set_the_value(self, tmp_path: Path) -> None:
         base = preset(tmp_path, MINIMAL + "[train]\nsteps = 0\n", "base.toml")

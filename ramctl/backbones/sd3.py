@@ -212,12 +212,16 @@ class StableDiffusion3(Backbone):
         guidance_scale: float,
         negative: TextEmbeddings | None = None,
         sampler: Sampler = "euler",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """``euler`` is flow matching on the scheduler's shifted grid, as the diffusers pipeline computes it."""
         grid = shifted_sigmas if sampler == "euler" else evenly_shifted_sigmas
-        sigmas = grid(steps, self._shift).to(x1.device, torch.float32)
-        guided = guidance_scale != 1.0
-        if guided:
+        sigmas = grid(steps, self._shift).float()
+        low, high = guidance_interval
+        # A solver takes one velocity a step, in order; asking the device for σ would make it wait.
+        guided = [guidance_scale != 1.0 and low <= sigma <= high for sigma in sigmas.tolist()[:-1]]
+        turns = iter(guided)
+        if any(guided):
             if negative is None:
                 self._empty = self._empty or self.encode([""])
                 negative = self._empty
@@ -225,12 +229,12 @@ class StableDiffusion3(Backbone):
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             t = sigma.expand(len(x))
-            if not guided:
+            if not next(turns):
                 return self.velocity(network, x, t, text)
             unconditional, conditional = self.velocity(network, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
             return unconditional + guidance_scale * (conditional - unconditional)
 
-        return integrate(velocity, x1, sigmas, sampler)
+        return integrate(velocity, x1, sigmas.to(x1.device), sampler)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def generate(
     guidance_scale: float,
     negative_prompt: str = "",
     sampler: Sampler = "euler",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     micro_batch: int | MicroBatch = 0,
     progress: Progress | None = None,
 ) -> Endpoints:
@@ -83,6 +84,7 @@ def generate(
             guidance_scale=guidance_scale,
             negative=negative,
             sampler=sampler,
+            guidance_interval=guidance_interval,
         )
         return x0, backbone.decode(x0).numpy()
 

@@ -138,7 +138,7 @@ class Trainer:
             ScorerError: more pictures than ``reward.max_failed_share`` could not be scored.
             DivergedError: the loss or the gradient is not finite; that update is not made.
         """
-        clock = _Clock()
+        clock = _Clock(self.backbone.device)
         config, world = self.config, self.world
         group = config.rollout.images_per_prompt
         share = world.share(config.images_per_step)
@@ -201,6 +201,7 @@ class Trainer:
             steps=config.rollout.sampling_steps,
             guidance_scale=config.rollout.guidance_scale,
             sampler=config.rollout.sampler,
+            guidance_interval=config.rollout.guidance_interval,
             micro_batch=self.batches["sample"],
             progress=progress,
         )
@@ -362,8 +363,10 @@ class Trainer:
         """The gradient of one update, from zero: sums of (loss, target², drift), and pictures with non-finite loss."""
         count = self.config.ram.noisings_per_image
         total = self.config.images_per_step * len(chosen_noisings)
-        sums = torch.zeros(3, dtype=torch.float64)
-        bad: set[int] = set()
+        # Figures stay on the device until the last pass has been queued: reading one makes a GPU wait for the host.
+        figures: list[Tensor] = []
+        finite: list[Tensor] = []
+        trained: list[int] = []
         done = len(share) * chosen_noisings.start
         self.optimizer.zero_grad(set_to_none=True)
         for rows, images, noisings in self._batches(share, size, chosen_noisings):
@@ -374,15 +377,20 @@ class Trainer:
             target = self._target(items, sweep, chosen, advantages[rows])
             prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
             losses = regression_loss(prediction, target)
-            finite = torch.isfinite(losses.detach()).tolist()
-            bad.update(image for image, ok in zip(images, finite, strict=True) if not ok)
             (losses.sum() / total).backward()  # type: ignore[no-untyped-call]
+            losses = losses.detach()
             drift = regression_loss(prediction.detach(), sweep.v_ref[chosen])
             norm = target.square().flatten(1).mean(1)
-            sums += torch.stack([losses.detach().sum(), norm.sum(), drift.sum()]).double().cpu()
+            figures.append(torch.stack([losses.sum(), norm.sum(), drift.sum()]))
+            finite.append(torch.isfinite(losses))
+            trained += images
             done += len(rows)
             self.progress("train", done, len(share) * count)
-        return sums, bad
+        if not trained:  # a process with an empty share
+            return torch.zeros(3, dtype=torch.float64), set()
+        is_finite = torch.cat(finite).tolist()
+        bad = {image for image, ok in zip(trained, is_finite, strict=True) if not ok}
+        return torch.stack(figures).cpu().double().sum(0), bad
 
     def _refuse_nonfinite(self, mine: set[int]) -> None:
         # Gathered, so that every process stops with the same words; else the others would wait for this one's gradient.
@@ -465,13 +473,16 @@ def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> Gather
 
 
 class _Clock:
-    """Seconds per phase."""
+    """Seconds per phase. A GPU is waited for at the end of each, so that a phase is not charged with another's work."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self._laps[name] = now - self._last
         self._last = now

@@ -16,6 +16,7 @@ from ramctl.backbones.base import TextEmbeddings
 from ramctl.backbones.registry import load_backbone
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import LoraSection, ModelSection
+from ramctl.engine.samplers import Sampler
 from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError
 from ramctl.resources import resource_dir
 from ramctl.settings import Settings
@@ -119,7 +120,17 @@ def test_velocity_is_the_transformers_output_at_a_thousand_times_t(backbone: Sta
         encoder_hidden_states=text.tokens,
         pooled_projections=text.pooled,
     ).sample
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # another attention kernel, the same sums
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_cpu_gets_the_lean_attention_and_any_network_the_lean_lora() -> None:
+    from ramctl.backbones.lean import CpuJointAttention, LoraLinear
+
+    ours = load()
+    ours.add_lora(ours.transformer, LoraSection(rank=2, alpha=2.0))
+    processors = ours.transformer.attn_processors.values()  # type: ignore[operator, union-attr]
+    assert {type(processor) for processor in processors} == {CpuJointAttention}
+    assert any(isinstance(module, LoraLinear) for module in ours.transformer.modules())
 
 
 def test_velocity_keeps_the_gradient_and_sampling_does_not(backbone: StableDiffusion3) -> None:
@@ -146,6 +157,39 @@ def test_guidance_zero_is_the_negative_prompt_alone(backbone: StableDiffusion3) 
     twice = TextEmbeddings(other.tokens.expand(2, -1, -1), other.pooled.expand(2, -1))
     alone = backbone.sample(backbone.transformer, twice, x1, steps=2, guidance_scale=1.0)
     torch.testing.assert_close(zero, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm2m"])
+def test_guidance_acts_within_its_interval_only(backbone: StableDiffusion3, sampler: Sampler) -> None:
+    text, x1 = backbone.encode(PROMPTS), noise(backbone)
+    passes: list[int] = []
+    watch = backbone.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+
+    def draw(interval: tuple[float, float], scale: float = 3.0) -> Tensor:
+        passes.clear()
+        return backbone.sample(
+            backbone.transformer,
+            text,
+            x1,
+            steps=4,
+            guidance_scale=scale,
+            sampler=sampler,
+            guidance_interval=interval,
+        )
+
+    everywhere = draw((0.0, 1.0))
+    assert passes == [4, 4, 4, 4]
+    without = draw((0.0, 1.0), scale=1.0)
+    assert passes == [2, 2, 2, 2]
+    late = draw((0.0, 0.9))
+    assert passes == [2, 4, 4, 4]  # the first level is pure noise
+    assert torch.equal(draw((0.0, 0.0)), without)
+    assert passes == [2, 2, 2, 2]
+    watch.remove()
+    assert (late - everywhere).norm() > 1e-2
+    assert (late - without).norm() > 1e-2
 
 
 def test_bfloat16_autocast_is_near_and_comes_out_as_float32(backbone: StableDiffusion3) -> None:
