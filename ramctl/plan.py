@@ -211,7 +211,7 @@ def make_plan(config: Config, processes: int, device: str) -> Plan:
         device=device,
         steps=config.train.steps,
         sizes=sizes,
-        forwards=_forwards(config),
+        forwards=_forwards(config, skeleton),
         micro_batches=batches,
         parameters=parameters,
         memory=memory,
@@ -240,12 +240,18 @@ def _sizes(config: Config, processes: int, evaluation_prompts: int | None) -> Si
     )
 
 
-def _forwards(config: Config) -> Forwards:
-    guided = 2 if config.rollout.guidance_scale != 1.0 else 1
+def _forwards(config: Config, skeleton: Skeleton | None) -> Forwards:
+    """Passes of a step over all processes; without the model's time grid every step counts as guided."""
+    rollout = config.rollout
+    steps = rollout.sampling_steps
+    guided = 0 if rollout.guidance_scale == 1.0 else steps
+    if skeleton is not None:
+        arguments = steps, rollout.guidance_scale, rollout.sampler, rollout.guidance_interval
+        guided = sum(skeleton.backbone.guided_steps(*arguments))
     # With the path cost both networks also look at each item's intermediate point.
     sweeps = 4 if config.ram.path_cost else 2
     return Forwards(
-        sampling=config.images_per_step * config.rollout.sampling_steps * guided,
+        sampling=config.images_per_step * (steps + guided),
         sweeps=config.items_per_step * sweeps,
         training=config.items_per_step,
     )

@@ -142,6 +142,8 @@ def trace_passes(skeleton: Skeleton, config: Config, device: torch.device, batch
         batches: micro-batch of ``sampling``, ``sweep`` and ``training``.
     """
     backbone, policy = skeleton.backbone, skeleton.policy
+    for network in (policy.live, policy.frozen):
+        backbone.choose_attention(network, device)
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
     dtype = DTYPES[config.model.dtype]

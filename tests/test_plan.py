@@ -111,11 +111,20 @@ def test_a_training_pass_keeps_as_many_bytes_as_autograd_saves(config: MakeConfi
     skeleton = build_skeleton(resource_dir("models") / "tinyworld", settings, text.tokens.shape[1])
     batches = {"sampling": 1, "sweep": 1, "training": count}
     planned = trace_passes(skeleton, settings, torch.device("cpu"), batches).training
-    assert planned == pytest.approx(measured, rel=0.25)
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
-def test_forwards_and_batches_are_those_of_a_real_step(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(rollout__micro_batch=4, train__sweep_micro_batch=5, train__micro_batch=4, ram__updates_per_step=2)
+@pytest.mark.parametrize("highest", [1.0, 0.8])
+def test_forwards_and_batches_are_those_of_a_real_step(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, highest: float
+) -> None:
+    settings = config(
+        rollout__micro_batch=4,
+        rollout__guidance_max_noise=highest,
+        train__sweep_micro_batch=5,
+        train__micro_batch=4,
+        ram__updates_per_step=2,
+    )
     plan = make_plan(settings, 1, "cpu")
     backbone, policy = load(settings)
     items: Counter[str] = Counter()

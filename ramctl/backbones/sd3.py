@@ -140,10 +140,7 @@ class StableDiffusion3(Backbone):
         pipeline.vae.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
         shape: Any = pipeline.transformer.config
-        if device.type == "cpu" and shape.qk_norm in (None, "rms_norm"):
-            from ramctl.backbones.lean import CpuJointAttention
-
-            self.transformer.set_attn_processor(CpuJointAttention())  # type: ignore[operator]
+        self.choose_attention(self.transformer, device)
         pipeline.vae.to(memory_format=torch.channels_last)
         side, remainder = divmod(spec.resolution, pipeline.vae_scale_factor)
         patch = shape.patch_size
@@ -161,6 +158,15 @@ class StableDiffusion3(Backbone):
     def load(cls, spec: ModelSection, device: torch.device, autocast: torch.dtype | None) -> StableDiffusion3:
         """Load a diffusers folder or a hub id; see :meth:`Backbone.load`."""
         return cls(_read_pipeline(spec), spec, device, autocast)
+
+    @staticmethod
+    def choose_attention(network: nn.Module, device: torch.device) -> None:
+        """Attention that suits the device; diffusers' own unless it is a CPU."""
+        shape: Any = network.config
+        if device.type == "cpu" and shape.qk_norm in (None, "rms_norm"):
+            from ramctl.backbones.lean import CpuJointAttention
+
+            network.set_attn_processor(CpuJointAttention())  # type: ignore[operator]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -201,6 +207,17 @@ class StableDiffusion3(Backbone):
         result: Tensor = velocity.float()
         return result
 
+    def _sigmas(self, steps: int, sampler: Sampler) -> Tensor:
+        grid = shifted_sigmas if sampler == "euler" else evenly_shifted_sigmas
+        return grid(steps, self._shift).float()
+
+    def guided_steps(
+        self, steps: int, guidance_scale: float, sampler: Sampler, interval: tuple[float, float]
+    ) -> list[bool]:
+        """For each step of :meth:`sample` whether it is guided, which takes two passes instead of one."""
+        low, high = interval
+        return [guidance_scale != 1.0 and low <= sigma <= high for sigma in self._sigmas(steps, sampler).tolist()[:-1]]
+
     @torch.no_grad()
     def sample(
         self,
@@ -215,12 +232,9 @@ class StableDiffusion3(Backbone):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """``euler`` is flow matching on the scheduler's shifted grid, as the diffusers pipeline computes it."""
-        grid = shifted_sigmas if sampler == "euler" else evenly_shifted_sigmas
-        sigmas = grid(steps, self._shift).float()
-        low, high = guidance_interval
-        # A solver takes one velocity a step, in order; asking the device for σ would make it wait.
-        guided = [guidance_scale != 1.0 and low <= sigma <= high for sigma in sigmas.tolist()[:-1]]
-        turns = iter(guided)
+        sigmas = self._sigmas(steps, sampler)
+        guided = self.guided_steps(steps, guidance_scale, sampler, guidance_interval)
+        turns = iter(guided)  # a solver takes one velocity a step, in order; to ask the device for σ would stop it
         if any(guided):
             if negative is None:
                 self._empty = self._empty or self.encode([""])
