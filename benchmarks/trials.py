@@ -1,6 +1,7 @@
-"""Changes to ramctl's step that are not in ramctl, laid over it to see what each would bring on this machine.
+"""Changes laid over ramctl's step, to see what each would bring on this machine, or what one that is in it does.
 
-    python -m benchmarks.trials bf16-frozen lean-lora [--fraction 1/4] [--rounds 7] [--set train.micro_batch 32]
+    python -m benchmarks.trials bf16-frozen [--fraction 1/4] [--rounds 7]
+    python -m benchmarks.trials peft-lora --set train.micro_batch 64
 
 Two trainers of the embedded model take turns in one process, one as it is and one with the changes (and keys) named.
 The fastest and the median step of each are printed, the phases of the fastest, and how far the first step's loss and
@@ -18,6 +19,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from benchmarks.ram_step import PHASES
@@ -33,6 +36,7 @@ from benchmarks.step_pair import (
     resolve,
 )
 from ramctl.backbones.base import TextEmbeddings
+from ramctl.backbones.lean import LoraLinear
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import Trainer
@@ -67,31 +71,21 @@ def _feed_bfloat16(backbone: StableDiffusion3, chosen: nn.Module) -> None:
     backbone.velocity = narrowed  # type: ignore[method-assign]
 
 
-def lean_lora(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
-    """LoRA layers without peft's detour: no cast of the input to float32, the scaled sum in one matrix product."""
-    from peft.tuners.lora import Linear
-
+def peft_lora(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
+    """peft's own LoRA layers in place of :class:`ramctl.backbones.lean.LoraLinear`: what that one brings."""
     for module in policy.live.modules():
-        if isinstance(module, Linear):
-            module.forward = _lean_forward(module, policy.lora.alpha / policy.lora.rank)
+        if isinstance(module, LoraLinear):
+            module.__class__ = Linear
 
 
-def _lean_forward(module: Any, scale: float) -> Callable[[Tensor], Tensor]:
-    base, a, b = module.base_layer, module.lora_A["default"], module.lora_B["default"]
-
-    def forward(x: Tensor) -> Tensor:
-        out: Tensor = base(x)
-        hidden = torch.nn.functional.linear(x, a.weight)
-        weight = (scale * b.weight).to(out.dtype)
-        return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2).to(out.dtype), weight.t()).view(out.shape)
-
-    return forward
+def diffusers_attention(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
+    """diffusers' attention in place of :class:`ramctl.backbones.lean.CpuJointAttention`: what that one brings."""
+    for network in (policy.live, policy.frozen):
+        network.set_attn_processor(JointAttnProcessor2_0())  # type: ignore[operator]
 
 
 def merged_lora(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
     """LoRA layers as one product with W + s·BA, made anew in each pass and kept in the graph."""
-    from peft.tuners.lora import Linear
-
     scale = policy.lora.alpha / policy.lora.rank
 
     def forward_of(module: Any) -> Callable[[Tensor], Tensor]:
@@ -109,40 +103,6 @@ def merged_lora(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) ->
             module.forward = forward_of(module)
 
 
-class _LeanJointAttention:
-    """Joint attention with one call per root-mean-square norm, and a plain softmax: no row is ever masked here."""
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        def heads(x: Tensor, norm: Any) -> Tensor:
-            x = x.reshape(*x.shape[:-1], attn.heads, -1)
-            if norm is not None:
-                x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
-            return x.transpose(1, 2)
-
-        x, text = hidden_states, encoder_hidden_states
-        query, key = heads(attn.to_q(x), attn.norm_q), heads(attn.to_k(x), attn.norm_k)
-        value = heads(attn.to_v(x), None)
-        if text is not None:
-            query = torch.cat([query, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
-            key = torch.cat([key, heads(attn.add_k_proj(text), attn.norm_added_k)], dim=2)
-            value = torch.cat([value, heads(attn.add_v_proj(text), None)], dim=2)
-        weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.mT, dim=-1)
-        out = (weights @ value).transpose(1, 2).flatten(2)
-        if text is None:
-            image: Tensor = attn.to_out[1](attn.to_out[0](out))
-            return image
-        out, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        return attn.to_out[1](attn.to_out[0](out)), rest if attn.context_pre_only else attn.to_add_out(rest)
-
-
-def lean_attention(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
-    """Attention with fewer passes over memory in its norms and softmax, in both networks; for short sequences."""
-    for network in (policy.live, policy.frozen):
-        network.set_attn_processor(_LeanJointAttention())  # type: ignore[operator]
-
-
 def compiled(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> None:
     """What ``runtime.compile`` does, with inductor's C++ code on a CPU; the first step compiles."""
     for network in (policy.live, policy.frozen):
@@ -152,9 +112,9 @@ def compiled(backbone: StableDiffusion3, policy: Policy, trainer: Trainer) -> No
 CHANGES: dict[str, Change] = {
     "bf16-frozen": bf16_frozen,
     "bf16-live": bf16_live,
-    "lean-lora": lean_lora,
     "merged-lora": merged_lora,
-    "lean-attention": lean_attention,
+    "peft-lora": peft_lora,
+    "diffusers-attention": diffusers_attention,
     "compiled": compiled,
 }
 
