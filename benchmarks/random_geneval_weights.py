@@ -2,8 +2,9 @@
 
     RAMCTL_WEIGHTS=FOLDER python -m benchmarks.random_geneval_weights
 
-What the scorer takes of time and memory does not depend on their values. The class head is sharpened, so that objects
-are found and colours asked for. Needs a checkout: the layouts are written by the tests' own code.
+The scorer loads them with RAMCTL_OTHER_WEIGHTS=allow set beside RAMCTL_WEIGHTS=FOLDER. What it takes of time and memory
+does not depend on their values. The class head is sharpened, so that objects are found and colours asked for. Needs a
+checkout: the layouts are written by the tests' own code.
 """
 
 from __future__ import annotations

@@ -46,14 +46,18 @@ def find_resource(path: str | Path, *, relative_to: Path | None = None) -> Path:
     return next((candidate for candidate in candidates if candidate.exists()), given)
 
 
-def find_model(path: str, *, with_t5: bool = False) -> Path:
+def find_model(path: str, *, with_t5: bool | None = None) -> Path:
     """Where a model named in a preset lies: a folder, or what ``ramctl download-weights`` has fetched of that hub id.
 
     The path is returned as given when neither is there.
 
+    Args:
+        with_t5: what is about to be loaded: all of it, or all but its T5. A download must then have the SHA-256 that
+            the manifest or the record of its arrival has of each file. None: nothing is, only its folder is asked for.
+
     Raises:
-        MissingDependencyError: the download is there in part, or damaged (or lacks its T5 and ``with_t5`` asks for it);
-            fetching all of it from the hub instead, without a word, would surprise.
+        MissingDependencyError: the download is there in part, or its files are others (or it lacks its T5 and
+            ``with_t5`` asks for it); fetching all of it from the hub instead, without a word, would surprise.
     """
     from ramctl.weights import entry_folder, entry_of_repository, weight_folder
 
@@ -63,7 +67,7 @@ def find_model(path: str, *, with_t5: bool = False) -> Path:
     entry = entry_of_repository(path)
     if entry is None or not any(entry_folder(entry.name).glob("[!.]*")):
         return folder
-    return weight_folder(entry.name, ("t5",) if with_t5 and "t5" in entry.parts else ())
+    return weight_folder(entry.name, ("t5",) if with_t5 and "t5" in entry.parts else (), verify=with_t5 is not None)
 
 
 def download_command(path: str) -> str | None:

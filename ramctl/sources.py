@@ -206,7 +206,10 @@ def weight_hashes(model: ModelSection) -> dict[str, str]:
     if not (folder / _INDEX).is_file():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+        from ramctl.backbones.read_sd3 import pinned_revision
+
+        revision = pinned_revision(model.path, model.revision)
+        folder = Path(snapshot_download(model.path, revision=revision, local_files_only=True))
     parts = [name for name, value in _read_json(folder / _INDEX).items() if isinstance(value, list) and value[0]]
     files = [
         file
@@ -273,7 +276,12 @@ def _preset_of(path: str) -> Config | None:
 
 
 def _same_model(one: str, other: str) -> bool:
-    return one == other or find_model(one).resolve() == find_model(other).resolve()
+    if one == other:
+        return True
+    try:
+        return find_model(one).resolve() == find_model(other).resolve()
+    except MissingDependencyError:  # a preset's model of which only a part is there is not the one asked for
+        return False
 
 
 def model_section(path: str) -> ModelSection:

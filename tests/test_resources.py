@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from ramctl.errors import MissingDependencyError
 from ramctl.resources import download_command, find_model, find_resource, resource_dir
-from ramctl.weights import ROOT_VARIABLE, entry_folder, find_entry
+from ramctl.weights import OTHER_VARIABLE, ROOT_VARIABLE, entry_folder, find_entry
+from ramctl.weights.store import Record, Recorded, write_record
 
 HUB_ID = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -60,6 +62,40 @@ def test_a_part_of_a_download_is_an_error_and_no_reason_to_fetch_it_all_elsewher
     (folder / "model_index.json").unlink()
     with pytest.raises(MissingDependencyError, match=r"model_index\.json.*ramctl download-weights sd3\.5-medium"):
         find_model(HUB_ID)
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_a_model_that_changed_since_its_download_is_not_found_for_loading(
+    with_t5: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(OTHER_VARIABLE, raising=False)
+    folder = fetched(with_t5=True)
+    transformer = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    t5 = folder / "text_encoder_3" / "model-00001-of-00002.safetensors"
+    for file in (transformer, t5):
+        file.write_bytes(b"weights")
+    recorded = Recorded(7, hashlib.sha256(b"weights").hexdigest())
+    write_record(folder, Record({file.relative_to(folder).as_posix(): recorded for file in (transformer, t5)}))
+    assert find_model(HUB_ID, with_t5=with_t5) == folder
+    t5.write_bytes(b"weightz")  # the size is the same
+    if with_t5:
+        with pytest.raises(MissingDependencyError, match=f"{t5.name} has changed since it was downloaded"):
+            find_model(HUB_ID, with_t5=True)
+    else:
+        assert find_model(HUB_ID, with_t5=False) == folder
+    transformer.write_bytes(b"weightz")
+    found = hashlib.sha256(b"weightz").hexdigest()
+    with pytest.raises(
+        MissingDependencyError,
+        match=f"{transformer.name} has changed .*SHA-256 {found}, expected {recorded.sha256}.*download-weights sd3",
+    ):
+        find_model(HUB_ID, with_t5=with_t5)
+    # Another model is not refused because this one would be: its folder alone was asked for.
+    assert find_model(HUB_ID) == folder
+    monkeypatch.setenv(OTHER_VARIABLE, "allow")
+    with pytest.warns(UserWarning) as told:
+        assert find_model(HUB_ID, with_t5=with_t5) == folder
+    assert [transformer.name in str(warning.message) for warning in told] == [True, False][: 1 + with_t5]
 
 
 def test_the_command_that_fetches_a_model() -> None:

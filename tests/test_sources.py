@@ -75,6 +75,16 @@ def test_a_model_without_a_preset_is_read_off_its_folder(tmp_path: Path) -> None
     assert (found.model.resolution, found.model.use_t5) == (64, False)
 
 
+def test_a_presets_model_that_is_there_in_part_is_in_nobodys_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    part = tmp_path / "sd3.5-medium"
+    part.mkdir()
+    (part / "model_index.json").write_text("{}")
+    monkeypatch.setenv("RAMCTL_WEIGHTS", str(tmp_path))
+    assert find_source("models/tinyworld").config is not None
+
+
 def test_a_t5_that_puts_out_something_is_used(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ramctl.errors import ScorerError
-from ramctl.weights import weight_file
+from ramctl.weights import command_for, weight_file
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -77,7 +77,7 @@ def load_open_clip(
     content = read_tensors(path, name)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or "visual.conv1.weight" not in state:
-        raise ScorerError(f"{path} holds no CLIP of open_clip's under 'state_dict': ramctl download-weights {name}")
+        raise ScorerError(f"{path} holds no CLIP of open_clip's under 'state_dict': {command_for(name)}")
     config = _open_clip_config(state, path, activation, vision_head_width, text_head_width)
     return build_clip(config, convert_open_clip(state), path)
 
@@ -227,4 +227,4 @@ def _named(what: str, keys: Iterable[str], limit: int = 3) -> str:
 
 def _unreadable(file: Path, name: str, error: Exception) -> ScorerError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ScorerError(f"{file} cannot be read ({first_line}): ramctl download-weights {name} --verify")
+    return ScorerError(f"{file} cannot be read ({first_line}): {command_for(name)} --verify")

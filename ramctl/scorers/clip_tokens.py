@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ramctl.errors import ScorerError
-from ramctl.weights import weight_file
+from ramctl.weights import command_for, weight_file
 
 Tokenise = Callable[[str], list[int]]
 
@@ -107,4 +107,4 @@ def _word_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -
 
 
 def _unreadable(file: Path, name: str, error: Exception) -> ScorerError:
-    return ScorerError(f"{file} cannot be read as a CLIP tokenizer ({error}): ramctl download-weights {name} --verify")
+    return ScorerError(f"{file} cannot be read as a CLIP tokenizer ({error}): {command_for(name)} --verify")

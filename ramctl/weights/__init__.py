@@ -13,9 +13,11 @@ from ramctl.weights.manifest import (
     load_manifest,
 )
 from ramctl.weights.store import (
+    OTHER_VARIABLE,
     ROOT_VARIABLE,
     FileState,
     Missing,
+    command_for,
     condition_of,
     entry_folder,
     fingerprint,
@@ -30,11 +32,13 @@ from ramctl.weights.store import (
 __all__ = [
     "FORMAT_KEYS",
     "MANIFEST_VARIABLE",
+    "OTHER_VARIABLE",
     "ROOT_VARIABLE",
     "Entry",
     "FileState",
     "Missing",
     "WantedFile",
+    "command_for",
     "condition_of",
     "entry_folder",
     "entry_of_repository",

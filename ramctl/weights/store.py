@@ -2,7 +2,8 @@
 
 ``ROOT/NAME/`` holds the files of the manifest entry NAME under their own names, whoever put them there. Beside them
 ``.ramctl.json`` records what a download was checked against and ``.ramctl-hashes.json`` remembers the hashes of files
-by size and time of change, so that a 4 GB file is read once.
+by size and time of change, so that a 4 GB file is read once. Whoever loads a file asks here for its path and is refused
+one of a file that differs from the manifest's, or from the one that was downloaded.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ramctl import hashing
 from ramctl.errors import MissingDependencyError
-from ramctl.weights.manifest import Entry, WantedFile, entry_of_repository, find_entry
+from ramctl.weights.manifest import Entry, WantedFile, entry_of_repository, find_entry, load_manifest
 
 #: Environment variable: the folder that holds the entries' folders.
 ROOT_VARIABLE = "RAMCTL_WEIGHTS"
+#: Environment variable: "allow" for weights that are meant to be others than the official ones; they are warned of.
+OTHER_VARIABLE = "RAMCTL_OTHER_WEIGHTS"
 
 RECORD_FILE = ".ramctl.json"
 HASHES_FILE = ".ramctl-hashes.json"
+HASHES_LOCK = ".ramctl-hashes.lock"
 PART_SUFFIX = ".part"
 
 Condition = Literal["present", "missing", "partial", "damaged"]
+
+#: How long another process is waited for that may be reading the same file, in seconds.
+_PATIENCE = 900.0
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _hashes: dict[tuple[str, int, int], str] = {}
@@ -73,40 +80,60 @@ def entry_folder(name: str, root: Path | None = None) -> Path:
 
 
 def command_for(name: str) -> str:
-    """The command that fetches an entry."""
-    return f"ramctl download-weights {name}"
+    """The command that fetches an entry; a preset of the same name, which brings more, is not meant."""
+    is_preset_too = any(f"preset:{name}" in entry.used_by for entry in load_manifest().values())
+    return f"ramctl download-weights {'scorer:' if is_preset_too else ''}{name}"
 
 
-def weight_file(name: str, file: str) -> Path:
-    """The path of one file of an entry.
+def weight_file(name: str, file: str, *, verify: bool = True) -> Path:
+    """The path of one file of an entry, for loading it.
+
+    Where the manifest, or else the record of its download, knows the file's SHA-256, the file must have it. It is read
+    for that once, and again when its size or time of change are others. With ``RAMCTL_OTHER_WEIGHTS=allow`` a warning
+    takes the error's place.
+
+    Args:
+        verify: without, sizes alone are compared: for those who look where files are and load none.
 
     Raises:
-        MissingDependencyError: it is not there, or a download of ours has since been cut short; with the command.
+        MissingDependencyError: it is not there, or is another file (both hashes are named); with the command.
         UsageError: no entry of that name.
     """
-    find_entry(name)
-    path = entry_folder(name) / file
+    entry, folder = find_entry(name), entry_folder(name)
+    path = folder / file
     if not path.is_file():
         raise MissingDependencyError(f"{path} is not there: {command_for(name)}")
-    recorded = read_record(entry_folder(name)).files.get(file)
-    if recorded is not None and path.stat().st_size != recorded.size:
+    record = read_record(folder)
+    files = expected_files(entry, record, frozenset(entry.parts))
+    wanted = next((wanted for wanted in files if wanted.path == file), WantedFile(file))
+    recorded = record.files.get(file)
+    problem = _difference(wanted, recorded, path, folder, verify=verify)
+    if not problem:
+        return path
+    official = wanted.sha256 or wanted.sha256_starts or recorded is None
+    what = f"{path} {'is not the official file' if official else 'has changed since it was downloaded'}: {problem}."
+    if os.environ.get(OTHER_VARIABLE) != "allow":
         raise MissingDependencyError(
-            f"{path} is damaged: {path.stat().st_size} bytes in place of {recorded.size}. "
-            f"Fetch it again: {command_for(name)}"
+            f"{what} Fetch it again: {command_for(name)}, or to use it as it is, set {OTHER_VARIABLE}=allow"
         )
+    if verify:
+        warnings.warn(f"{what} Numbers will differ.", stacklevel=2)
     return path
 
 
-def weight_folder(name: str, parts: Collection[str] = ()) -> Path:
-    """The folder of an entry with all its files in it, those of the optional ``parts`` included.
+def weight_folder(name: str, parts: Collection[str] = (), *, verify: bool = True) -> Path:
+    """The folder of an entry with all its files in it, those of the optional ``parts`` included, for loading them.
+
+    Args:
+        verify: see :func:`weight_file`, which every file goes through.
 
     Raises:
-        MissingDependencyError: a file is not there, or damaged; with the command.
+        MissingDependencyError: a file is not there, or is another one; with the command.
         UsageError: no entry of that name.
     """
     entry = find_entry(name)
     for file in expected_files(entry, read_record(entry_folder(name)), frozenset(parts)):
-        weight_file(name, file.path)
+        weight_file(name, file.path, verify=verify)
     return entry_folder(name)
 
 
@@ -114,7 +141,7 @@ def local_repository(repo_id: str, parts: Collection[str] = ()) -> Path | None:
     """The store's folder of the hub repository ``repo_id`` if it is complete with the optional ``parts``, else None."""
     entry = entry_of_repository(repo_id)
     try:
-        return None if entry is None else weight_folder(entry.name, parts)
+        return None if entry is None else weight_folder(entry.name, parts, verify=False)
     except MissingDependencyError:
         return None
 
@@ -122,25 +149,11 @@ def local_repository(repo_id: str, parts: Collection[str] = ()) -> Path | None:
 def fingerprint(name: str, file: str) -> str:
     """The first 12 hex digits of the SHA-256 of the file that is there, for version strings.
 
-    A file put there by hand may be another than the manifest's; a warning names both hashes.
-
     Raises:
-        MissingDependencyError: it is not there, or is no longer what was downloaded (both hashes are named).
+        MissingDependencyError: see :func:`weight_file`.
         UsageError: no entry of that name.
     """
-    path, folder = weight_file(name, file), entry_folder(name)
-    found = file_sha256(path, folder)
-    recorded = read_record(folder).files.get(file)
-    if recorded is not None and recorded.sha256 != found:
-        raise MissingDependencyError(
-            f"{path} has changed since it was downloaded: SHA-256 {found}, expected {recorded.sha256}. "
-            f"Fetch it again: {command_for(name)}"
-        )
-    wanted = next((wanted for wanted in find_entry(name).files if wanted.path == file), None)
-    problem = hash_problem(wanted, None, found) if wanted else ""
-    if problem:
-        warnings.warn(f"{path} is not the official file: {problem}. Numbers will differ.", stacklevel=2)
-    return found[:12]
+    return file_sha256(weight_file(name, file), entry_folder(name))[:12]
 
 
 def missing_for(names: Iterable[str], parts: Collection[str] = ()) -> list[Missing]:
@@ -222,29 +235,28 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def file_sha256(path: Path, folder: Path, *, rehash: bool = False) -> str:
-    """The SHA-256 of a file, remembered in ``folder`` by its size and time of change."""
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
-    relative = path.relative_to(folder).as_posix()
-    if not rehash:
-        remembered = _remembered(key, relative, folder)
-        if remembered is not None:
-            return remembered
-    digest = hashing.file_sha256(path)
-    remember_sha256(path, folder, digest)
-    return digest
+    """The SHA-256 of a file, remembered in ``folder`` by its size and time of change.
+
+    Of several processes that ask at once, one reads the file and the others wait for what it finds.
+    """
+    if rehash:
+        return _read_sha256(path, folder)
+    remembered = _remembered(path, folder)
+    if remembered is not None:
+        return remembered
+    with _one_reader(folder):
+        return _remembered(path, folder) or _read_sha256(path, folder)
 
 
 def remember_sha256(path: Path, folder: Path, digest: str) -> None:
     """Keep the hash of a file that was just read, here and, where the folder can be written, on disk."""
-    stat = path.stat()
-    relative = path.relative_to(folder).as_posix()
+    size, changed = _stamp(path)
     with _hashes_lock:
-        _hashes[str(path), stat.st_size, stat.st_mtime_ns] = digest
+        _hashes[str(path), size, changed] = digest
         # A store on a read-only share is fine; then each process reads the file once.
         with contextlib.suppress(OSError):
             rows = _read_json(folder / HASHES_FILE)
-            rows[relative] = [stat.st_size, stat.st_mtime_ns, digest]
+            rows[path.relative_to(folder).as_posix()] = [size, changed, digest]
             write_json(folder / HASHES_FILE, rows)
 
 
@@ -258,13 +270,54 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _remembered(key: tuple[str, int, int], relative: str, folder: Path) -> str | None:
-    if key in _hashes:
-        return _hashes[key]
-    row = _read_json(folder / HASHES_FILE).get(relative)
-    if isinstance(row, list) and row[:2] == list(key[1:]) and len(row) == 3:
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read_sha256(path: Path, folder: Path) -> str:
+    stamp = _stamp(path)
+    digest = hashing.file_sha256(path)
+    # What was read of a file while it changed must not stand for what it has become.
+    if _stamp(path) == stamp:
+        remember_sha256(path, folder, digest)
+    return digest
+
+
+@contextlib.contextmanager
+def _one_reader(folder: Path) -> Iterator[None]:
+    """Wait until no other process reads a file of ``folder`` for its hash; where that cannot be told, go on."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / HASHES_LOCK)
+    # A read-only store, or a disk without locks: then every process reads for itself.
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):
+        lock.acquire(timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remembered(path: Path, folder: Path) -> str | None:
+    stamp = _stamp(path)
+    if (str(path), *stamp) in _hashes:
+        return _hashes[(str(path), *stamp)]
+    row = _read_json(folder / HASHES_FILE).get(path.relative_to(folder).as_posix())
+    if isinstance(row, list) and row[:2] == list(stamp) and len(row) == 3:
         return str(row[2])
     return None
+
+
+def _difference(wanted: WantedFile, recorded: Recorded | None, path: Path, folder: Path, *, verify: bool) -> str:
+    """How a file differs from what is known of it, or ""; without ``verify`` only one of another size is read."""
+    size, expected = path.stat().st_size, wanted.size or (recorded.size if recorded else None)
+    words = [] if expected in (None, size) else [f"{size} bytes in place of {expected}"]
+    pinned = recorded.sha256 if recorded else None
+    if (wanted.sha256 or wanted.sha256_starts or pinned) and (verify or words):
+        words.append(hash_problem(wanted, pinned, file_sha256(path, folder)))
+    return ", ".join(filter(None, words))
 
 
 def _state(file: WantedFile, folder: Path, recorded: Recorded | None, rehash: bool) -> FileState:
@@ -277,12 +330,7 @@ def _state(file: WantedFile, folder: Path, recorded: Recorded | None, rehash: bo
     expected_size = file.size or (recorded.size if recorded else None)
     if expected_size is not None and size != expected_size:
         return FileState(file, "damaged", size, f"{size} bytes in place of {expected_size}")
-    digest: str | None
-    if rehash:
-        digest = file_sha256(path, folder, rehash=True)
-    else:
-        stat = path.stat()
-        digest = _remembered((str(path), stat.st_size, stat.st_mtime_ns), file.path, folder)
+    digest = file_sha256(path, folder, rehash=True) if rehash else _remembered(path, folder)
     problem = hash_problem(file, recorded.sha256 if recorded else None, digest) if digest else ""
     return FileState(file, "damaged" if problem else "present", size, problem)
 

@@ -200,6 +200,7 @@ def main(python: str) -> int:
         expected = np.array(json.loads((folder / "official.json").read_text()))
         size = (folder / "imagereward" / "ImageReward.pt").stat().st_size
         os.environ["RAMCTL_WEIGHTS"] = name
+        os.environ["RAMCTL_OTHER_WEIGHTS"] = "allow"  # random ones
         singly, batched = np.array(ours(jobs, 1)), np.array(ours(jobs, 5))
     print(f"RESULT pairs={len(jobs)}")
     print(f"RESULT official_spread={expected.std():.4f}")

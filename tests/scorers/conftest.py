@@ -21,6 +21,14 @@ WORDS = ("photo", "red", "blue", "circle", "square", "cat", "don", "'t", "&", "a
 SIZE = 224
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _other_weights() -> Iterator[None]:
+    """The weights here are small and random, and lie where the official ones would; tests of the refusal unset it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAMCTL_OTHER_WEIGHTS", "allow")
+        yield
+
+
 class Block(nn.Module):
     """A pre-norm transformer block with open_clip's names."""
 

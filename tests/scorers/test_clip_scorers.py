@@ -131,6 +131,19 @@ def test_without_weights_load_and_version_say_how_to_get_them(clip_files: Any, n
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_other_weights_are_refused_before_a_network_is_built(
+    clip_store: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAMCTL_OTHER_WEIGHTS")
+    monkeypatch.setattr("ramctl.scorers.clip_checkpoints.build_clip", pytest.fail)
+    for ask in (lambda: made(name).ensure_loaded(), lambda: made(name).version, lambda: made(name).make_encoder()):
+        with pytest.raises(
+            MissingDependencyError, match=r"is not the official file: .*SHA-256 \w{64}, expected \w{64}"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ramctl.errors import MissingDependencyError, RamctlError, ScorerError, UsageError
+from ramctl.hashing import file_sha256
 from ramctl.prompts import Prompt
 from ramctl.scorers import registry
 from ramctl.scorers.base import Images, Scores
 from ramctl.scorers.imagereward import REWARD_MEAN, REWARD_STD, TOKENS, ImageRewardScorer
+from ramctl.weights import load_manifest
 
 #: Said of every file that is not the published one, as here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not the official file")
@@ -277,6 +281,28 @@ def test_a_checkpoint_saved_on_a_gpu_loads_without_one(
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(file, weights_only=True)  # the trap is there
     np.testing.assert_array_equal(score(ImageRewardScorer(device="cpu"), noise(), "a cat").value, before)
+
+
+@pytest.mark.parametrize("file", ["imagereward/ImageReward.pt", "bert-base-uncased/vocab.txt"])
+def test_other_files_than_the_published_ones_are_refused_before_a_network_is_built(
+    store: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.delenv("RAMCTL_OTHER_WEIGHTS")
+    entries = dict(load_manifest())
+    for name in ("imagereward", "bert-base-uncased"):  # as if those of the store had been published
+        official = entries[name].files[0]
+        published = replace(official, size=None, sha256=file_sha256(store / name / official.path))
+        entries[name] = replace(entries[name], files=(published,))
+    monkeypatch.setattr("ramctl.weights.manifest.load_manifest", lambda: entries)
+    ImageRewardScorer(device="cpu").ensure_loaded()
+    content = bytearray((store / file).read_bytes())
+    content[-2] ^= 1
+    (store / file).write_bytes(content)
+    os.utime(store / file, ns=(1, 1))
+    monkeypatch.setattr("ramctl.scorers.imagereward._Network", pytest.fail)
+    said = rf"{file} is not the official file: SHA-256 {file_sha256(store / file)}, expected"
+    with pytest.raises(MissingDependencyError, match=said):
+        ImageRewardScorer(device="cpu").ensure_loaded()
 
 
 def change(**tensors: Tensor | None) -> Callable[[dict[str, Tensor]], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ramctl.errors import MissingDependencyError, RamctlError, ScorerError, UsageError
+from ramctl.hashing import file_sha256
 from ramctl.prompts import Prompt
 from ramctl.scorers import registry
 from ramctl.scorers.base import Images, Scores
 from ramctl.scorers.deqa import environment
 from ramctl.scorers.deqa import scorer as module
 from ramctl.scorers.deqa.scorer import DeqaScorer, model_files
+from ramctl.weights.store import Record, Recorded, write_record
 
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
 #: What the stand-in does at pictures of these colours (conftest.py).
@@ -215,6 +218,28 @@ def test_an_incomplete_folder_is_named_before_anything_starts(folder: Path, file
     for use in (lambda: make().ensure_loaded(), lambda: make().version):
         with pytest.raises(MissingDependencyError, match=rf"{file}.*ramctl download-weights deqa"):
             use()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "modeling_stand_in.py"])
+def test_files_that_changed_since_their_download_are_refused_before_anything_starts(
+    folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAMCTL_OTHER_WEIGHTS")
+    came = {path.name: Recorded(path.stat().st_size, file_sha256(path)) for path in folder.iterdir()}
+    write_record(folder, Record(came, {name: recorded.size for name, recorded in came.items()}))
+    before = make().version
+    content = bytearray((folder / file).read_bytes())
+    content[-2] ^= 1
+    (folder / file).write_bytes(content)
+    os.utime(folder / file, ns=(1, 1))
+    monkeypatch.setattr(module, "Child", pytest.fail)
+    said = rf"{file} has changed since it was downloaded: SHA-256 \w+, expected {came[file].sha256}"
+    for use in (lambda: make().ensure_loaded(), lambda: make().version):
+        with pytest.raises(MissingDependencyError, match=said):
+            use()
+    monkeypatch.setenv("RAMCTL_OTHER_WEIGHTS", "allow")
+    with pytest.warns(UserWarning, match=said):
+        assert make().version != before
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:

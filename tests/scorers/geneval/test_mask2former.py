@@ -338,6 +338,23 @@ def test_absent_weights_are_named_with_the_command(monkeypatch, tmp_path):
                 act(make())
 
 
+def test_other_weights_are_refused_before_a_network_is_built(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAMCTL_OTHER_WEIGHTS")
+    monkeypatch.setattr(mask2former, "_Network", pytest.fail)
+    for act in (lambda d: d.version, lambda d: d.load(), lambda d: d.detect(noise(8, 8))):
+        with pytest.raises(MissingDependencyError, match=rf"{mmdet_checkpoint.FILE} .*one that starts with 743b7d99"):
+            act(Mask2FormerDetector(device="cpu"))
+
+
+def test_a_file_of_ones_own_is_not_held_against_the_official_one(tiny_store, tmp_path, monkeypatch):
+    own = shutil.copy(tiny_store / mmdet_checkpoint.ENTRY / mmdet_checkpoint.FILE, tmp_path / "mine.pth")
+    monkeypatch.delenv("RAMCTL_OTHER_WEIGHTS")
+    detector = Mask2FormerDetector(device="cpu", weights=str(own))
+    monkeypatch.setattr(detector, "_colors", None)
+    with pytest.raises(AttributeError):  # it came to CLIP
+        detector.load()
+
+
 @pytest.mark.parametrize("package", ["cv2", "scipy", "transformers"])
 def test_an_absent_package_is_named(package, tiny_store, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
