@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from ramctl.download import Need, Options, Outcome
+    from ramctl.weights import Entry
 
 _EPILOG = (
-    "Example: ramctl download-weights geneval. NAME is an entry of --list, a scorer or a preset; scorer:NAME and "
-    "preset:NAME tell them apart. Files are verified, broken downloads resume, files put there by hand count. Gated "
-    "models need HF_TOKEN or `hf auth login`; HTTPS_PROXY is respected; RAMCTL_WEIGHTS names the folder."
+    "Example: ramctl download-weights geneval. NAME is a preset, an entry of --list or a scorer, looked for in that "
+    "order; preset:NAME and scorer:NAME tell them apart. Sizes and licences are shown first. Files are verified, "
+    "broken downloads resume, files put there by hand count. Gated models need HF_TOKEN or `hf auth login`; "
+    "HTTPS_PROXY is respected; RAMCTL_WEIGHTS names the folder."
 )
 #: Seconds between two lines about a file where there is no terminal.
 _LINE_EVERY = 15.0
@@ -39,7 +41,9 @@ def download_weights(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help="What to fetch; without a name, all that the paper's presets and the evaluation need.",
+            help="What to fetch; without a name, all that the paper's presets and the evaluation need, except what "
+            "only comes when named: deqa (16 GB, needs a Python environment of its own) and the models of the ocr "
+            "scorer's engine paddleocr (scorer:ocr, 10 MB).",
             show_default=False,
         ),
     ] = None,
@@ -76,23 +80,25 @@ def download_weights(
         _show_list(_listed(names, without), options, rehash=verify, named=bool(names))
         return
     needs = resolve(names, without or ()) if names else everything(without or ())
-    if dry_run:
-        _show_plan(needs, options)
-        return
-    if not names and not _confirmed(needs, options, yes=yes):
-        raise typer.Exit(1)
-    if not needs:
+    if not needs and not dry_run:
         say(f"Nothing has to be downloaded for {', '.join(names or ())}.")
         return
+    # A dry run asks the servers for sizes; what was named is fetched without waiting for such answers.
+    plan = _plan(needs, options, ask=dry_run)
+    _show_plan(plan, options, complete=not names)
+    if dry_run:
+        _report_plan(plan, options)
+        return
+    if not names and not _confirmed(plan, yes=yes):
+        raise typer.Exit(1)
     _fetch(needs, options)
 
 
 def _listed(names: Sequence[str] | None, without: Sequence[str] | None) -> list[Need]:
     """The named things, or all entries with all their parts."""
-    from ramctl.download import resolve
-    from ramctl.weights import load_manifest
+    from ramctl.download import inventory, resolve
 
-    return resolve(names or [*load_manifest()], without or ())
+    return resolve(names, without or ()) if names else inventory(without or ())
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
@@ -103,6 +109,7 @@ def _show_list(needs: Sequence[Need], options: Options, *, rehash: bool, named: 
 
     With ``rehash`` damage is a failure, and so is the absence of what was ``named``.
     """
+    from ramctl.download import argument_for
     from ramctl.weights import condition_of, states, weights_root
 
     rows, lines, problems = [], [], []
@@ -116,83 +123,123 @@ def _show_list(needs: Sequence[Need], options: Options, *, rehash: bool, named: 
             condition = condition_of(here)
             about = sum(s.bytes_here if s.condition == "present" else s.file.bytes_about for s in here)
             size = about if part else max(about, entry.about_bytes or 0)
-            rows.append((f"  part {part}" if part else entry.name, _size(size), condition, _users(entry.used_by, part)))
+            rows.append(_list_row(entry, part, size, condition))
             lines.append((f"weights.{entry.name}{f'.{part}' if part else ''}", condition))
         problems += [f"{entry.name}/{s.file.path}: {s.detail}" for s in found if s.condition == "damaged"]
-    table(f"Downloads in {options.root or weights_root()}", ("name", "size", "state", "used by"), rows)
+    columns = ("name", "size", "state", "used by", "gated", "licence")
+    table(f"Downloads in {options.root or weights_root()}", columns, rows)
     for problem in problems:
         say(f"damaged: {problem}")
     for key, condition in lines:
         result(key, condition)
     absent = list(dict.fromkeys(key.split(".", 1)[1] for key, c in lines if c in ("missing", "partial")))
     if problems:
+        entries = {need.entry.name: need.entry for need in needs}
         names = sorted({problem.partition("/")[0] for problem in problems})
-        say(f"Fetch again what is damaged: ramctl download-weights {' '.join(names)}")
+        arguments = " ".join(argument_for(entries[name]) for name in names)
+        say(f"Fetch again what is damaged: ramctl download-weights {arguments}")
     if rehash and named and absent:
         say(f"Not all there, so not verified: {', '.join(absent)}")
     if rehash and (problems or (named and absent)):
         raise typer.Exit(1)
 
 
-def _show_plan(needs: Sequence[Need], options: Options) -> None:
-    from ramctl.download import plan_sizes, space_at
+def _list_row(entry: Entry, part: str, size: int, condition: str) -> tuple[str, ...]:
+    """An entry in the list, or an optional part of it under the entry's own terms."""
+    if part:
+        return f"  part {part}", _size(size), condition, "", "", ""
+    users = ", ".join(user.partition(":")[2] for user in entry.used_by)
+    return entry.name, _size(size), condition, users, _gated(entry), entry.licence
+
+
+class _Planned(NamedTuple):
+    """A need with the bytes still to come, whether they are exact, and how it is now."""
+
+    need: Need
+    size: int
+    exact: bool
+    condition: str
+
+
+def _plan(needs: Sequence[Need], options: Options, *, ask: bool) -> list[_Planned]:
+    from ramctl.download import plan_sizes
+    from ramctl.weights import condition_of, states
+
+    return [
+        _Planned(need, size, exact, condition_of(states(need.entry, need.parts, root=options.root)))
+        for need, size, exact in plan_sizes(needs, options, ask=ask)
+    ]
+
+
+def _show_plan(plan: Sequence[_Planned], options: Options, *, complete: bool) -> None:
+    """The table of what would come, the room there is for it and, of the ``complete`` set, what is not in it."""
+    from ramctl.download import left_out, space_at
+    from ramctl.weights import condition_of, states, weights_root
+
+    root = options.root or weights_root()
+    rows = [
+        (_name(row.need), _about(row.size, row.exact), row.condition, _gated(row.need.entry), row.need.entry.licence)
+        for row in plan
+    ]
+    what = "For the paper's presets and the evaluation, into" if complete else "To fetch into"
+    table(f"{what} {root}", ("name", "still to come", "state", "gated", "licence"), rows)
+    say(f"{_about(*_total(plan))} to fetch, {_size(space_at(root))} free")
+    for entry in left_out(row.need for row in plan) if complete else ():
+        if condition_of(states(entry, entry.parts, root=options.root)) != "present":
+            size = _about(entry.bytes_about(frozenset(entry.parts)), exact=False)
+            say(f"left out: {entry.name} ({size}, `ramctl download-weights {entry.name}`)")
+
+
+def _report_plan(plan: Sequence[_Planned], options: Options) -> None:
+    """The plan for scripts."""
+    from ramctl.download import space_at
     from ramctl.weights import weights_root
 
-    plan = plan_sizes(needs, options)
-    root = options.root or weights_root()
-    table(
-        f"To fetch into {root}",
-        ("name", "still to come", "licence"),
-        [(_name(need), ("" if exact else "about ") + _size(size), need.entry.licence) for need, size, exact in plan],
-    )
-    total, free = sum(size for _, size, _ in plan), space_at(root)
-    exact = all(exact for _, _, exact in plan)
-    say(f"{'' if exact else 'about '}{_size(total)} to fetch, {_size(free)} free")
-    for need, size, _ in plan:
-        result(f"bytes_to_fetch.{need.entry.name}", size)
+    (total, exact), free = _total(plan), space_at(options.root or weights_root())
+    for row in plan:
+        result(f"bytes_to_fetch.{row.need.entry.name}", row.size)
     result("bytes_to_fetch", total)
     result("bytes_exact", exact)
     result("bytes_free", free)
     result("fits", total <= free)
 
 
-def _confirmed(needs: Sequence[Need], options: Options, *, yes: bool) -> bool:
-    """Show everything that would come, and ask.
+def _confirmed(plan: Sequence[_Planned], *, yes: bool) -> bool:
+    """Ask whether everything that was shown may come.
 
     Raises:
         UsageError: there is nobody to ask.
     """
-    from ramctl.download import estimate
     from ramctl.errors import UsageError
-    from ramctl.weights import condition_of, states, weights_root
 
-    rows, total, complete = [], 0, True
-    for need in needs:
-        here = condition_of(states(need.entry, need.parts, root=options.root)) == "present"
-        size = estimate(need, options)
-        total, complete = total + size, complete and here
-        gated = ", gated" if need.entry.gated else ""
-        rows.append((_name(need), "here" if here else _size(size), need.entry.licence + gated))
-    table(f"For the paper's presets and the evaluation, into {options.root or weights_root()}", _COLUMNS, rows)
-    if yes or complete:
+    if yes or all(row.condition == "present" for row in plan):
         return True
+    size = _size(_total(plan)[0])
     if not (sys.stdin.isatty() and console.is_terminal):
         raise UsageError(
-            f"About {_size(total)} would be fetched, and there is no terminal to ask on. "
+            f"About {size} would be fetched, and there is no terminal to ask on. "
             "Agree with: ramctl download-weights --yes"
         )
-    return typer.confirm(f"Fetch about {_size(total)}?", err=True)
+    return typer.confirm(f"Fetch about {size}?", err=True)
 
 
-_COLUMNS = ("name", "still to come", "licence")
+def _total(plan: Sequence[_Planned]) -> tuple[int, bool]:
+    return sum(row.size for row in plan), all(row.exact for row in plan)
 
 
 def _name(need: Need) -> str:
     return need.entry.name + "".join(f" + {part}" for part in sorted(need.parts))
 
 
-def _users(used_by: Sequence[str], part: str) -> str:
-    return "" if part else ", ".join(user.partition(":")[2] for user in used_by)
+def _gated(entry: Entry) -> str:
+    return "yes" if entry.gated else "no"
+
+
+def _about(size: int, exact: bool) -> str:
+    """A size in bytes for people; where nothing is known of it, "unknown size"."""
+    if exact:
+        return _size(size)
+    return f"about {_size(size)}" if size else "unknown size"
 
 
 def _size(count: int) -> str:
@@ -221,8 +268,22 @@ def _fetch(needs: Sequence[Need], options: Options) -> None:
     result("folder", options.root or weights_root())
     if options.root is not None and options.root.absolute() != weights_root().absolute():
         say(f"ramctl looks there when told so: export {ROOT_VARIABLE}={shlex.quote(str(options.root.absolute()))}")
+    _say_environment(outcomes)
     if not _all_there(outcomes):
         raise typer.Exit(1)
+
+
+def _say_environment(outcomes: Sequence[Outcome]) -> None:
+    """Where DeQA's weights are there and the interpreter that they need is not: the command that makes it."""
+    from ramctl.errors import MissingDependencyError
+    from ramctl.scorers.deqa.environment import find_python
+
+    if not any(outcome.error is None and "scorer:deqa" in outcome.need.entry.used_by for outcome in outcomes):
+        return
+    try:
+        find_python()
+    except MissingDependencyError as error:
+        say(str(error))
 
 
 def _all_there(outcomes: Sequence[Outcome]) -> bool:

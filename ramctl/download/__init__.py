@@ -7,7 +7,16 @@
 from ramctl.download.errors import DownloadError
 from ramctl.download.fetch import Options, Outcome, Progress, Silent, estimate, fetch_all, plan_sizes, space_at
 from ramctl.download.http import DEFAULT_HUB, Http, hub_address
-from ramctl.download.needs import Need, everything, preset_needs, resolve, scorer_needs
+from ramctl.download.needs import (
+    Need,
+    argument_for,
+    everything,
+    inventory,
+    left_out,
+    preset_needs,
+    resolve,
+    scorer_needs,
+)
 
 __all__ = [
     "DEFAULT_HUB",
@@ -18,10 +27,13 @@ __all__ = [
     "Outcome",
     "Progress",
     "Silent",
+    "argument_for",
     "estimate",
     "everything",
     "fetch_all",
     "hub_address",
+    "inventory",
+    "left_out",
     "plan_sizes",
     "preset_needs",
     "resolve",

@@ -135,15 +135,16 @@ def estimate(need: Need, options: Options) -> int:
     return sum(max(0, file.bytes_about - begun) for file, begun in _absent(need, options))
 
 
-def plan_sizes(needs: Sequence[Need], options: Options) -> list[tuple[Need, int, bool]]:
+def plan_sizes(needs: Sequence[Need], options: Options, *, ask: bool = True) -> list[tuple[Need, int, bool]]:
     """Bytes still to fetch of each need, and whether that is exact.
 
-    Servers are asked for sizes that the manifest does not have; where one does not answer, estimates stand.
+    Servers are asked for sizes that the manifest does not have; where one does not answer, and without ``ask``,
+    estimates stand.
     """
     http = Http(hub_address(options.mirror), timeout=10.0, connect_timeout=5.0)
     plan = []
     try:
-        asking = True
+        asking = ask
         for need in needs:
             total, exact = 0, True
             for file, begun in _absent(need, options):

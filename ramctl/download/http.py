@@ -21,6 +21,7 @@ from ramctl.download.errors import DownloadError, TransientError
 from ramctl.errors import UsageError
 from ramctl.weights import Entry, WantedFile
 from ramctl.weights.manifest import check_relative
+from ramctl.weights.store import command_for
 
 DEFAULT_HUB = "https://huggingface.co"
 #: The server may ask for a pause as long as this; for a longer one the command ends and says so.
@@ -251,12 +252,12 @@ class Http:
             return (
                 f"{entry.name} is gated ({status}): log in at {entry.page} and accept its licence, make a token at "
                 f"https://huggingface.co/settings/tokens, then:\n"
-                f"  export HF_TOKEN=…   # or: hf auth login\n  ramctl download-weights {entry.name}"
+                f"  export HF_TOKEN=…   # or: hf auth login\n  {command_for(entry.name)}"
             )
         return (
             f"{entry.name} is gated, and your token has no access ({status}): accept the licence at {entry.page} with "
             "the token's account; a fine-grained token needs the right to read public gated repositories.\n"
-            f"Then: ramctl download-weights {entry.name}"
+            f"Then: {command_for(entry.name)}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from ramctl.cli import app
-from ramctl.download import fetch, http, patience
+from ramctl.download import Outcome, fetch, http, patience
+from ramctl.scorers.registry import create
 from ramctl.weights import MANIFEST_VARIABLE, ROOT_VARIABLE, load_manifest
-from tests.download.server import Act, Hub, hub_serving
+from ramctl.weights.store import read_record
+from tests.download.server import COMMIT, Act, Hub, hub_serving
 
 DATA = b"weights" * 20_000
 SHIPPED = "/team/one/resolve/main/one.bin"
@@ -39,11 +42,29 @@ files = ["two.txt", {{ path = "extra.bin", part = "extra", about_bytes = 7_000 }
 
 [rare]
 about = "on request"
+used_by = ["scorer:deqa"]
 licence = "MIT"
 page = "https://example.org/rare"
 repo = "team/rare"
 on_request = true
+about_bytes = 16_410_000_000
 files = ["rare.bin"]
+
+[guarded]
+about = "its licence must be accepted first"
+licence = "Own terms"
+page = "https://example.org/guarded"
+repo = "team/guarded"
+gated = true
+files = [{{ path = "guarded.bin", size = 5 }}]
+
+[pickscore]
+about = "its scorer and a preset have its name, too"
+used_by = ["scorer:pickscore"]
+licence = "MIT"
+page = "https://example.org/pickscore"
+repo = "team/pickscore"
+files = [{{ path = "score.bin", size = 5 }}]
 """
 
 
@@ -65,6 +86,8 @@ def hub() -> Iterator[Hub]:
         running.add("team/one", "one.bin", DATA)
         running.add("team/two", "two.txt", b"two", large=False)
         running.add("team/two", "extra.bin", b"extra" * 1000)
+        running.add("team/guarded", "guarded.bin", b"guard")
+        running.add("team/pickscore", "score.bin", b"score")
         yield running
 
 
@@ -98,11 +121,139 @@ def test_without_a_name_and_a_terminal_it_asks_for_yes(hub: Hub, capsys: pytest.
     assert run("--mirror", hub.url) == 2
     captured = capsys.readouterr()
     assert "ramctl download-weights --yes" in captured.err and "Apache-2.0" in captured.err
-    assert "rare" not in captured.err and hub.front.seen == []
+    assert hub.front.seen == []
     assert run("--mirror", hub.url, "--yes", "--without", "extra") == 0
-    assert results(capsys)["bytes_fetched"] == str(len(DATA) + 3)
+    assert results(capsys)["bytes_fetched"] == str(len(DATA) + 3 + 5 + 5)
     # Nothing left to fetch: nothing to agree to.
     assert run("--mirror", hub.url, "--without", "extra") == 0
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """The cells of the printed tables' rows, by their first."""
+    cells = (re.split(" {2,}", line.strip()) for line in printed.splitlines() if line.startswith("  "))
+    return {first: rest for first, *rest in cells}
+
+
+def test_what_is_named_is_shown_with_size_state_and_licence_before_a_byte_is_asked_for(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store" / "two").mkdir(parents=True)
+    (tmp_path / "store" / "two" / "two.txt").write_bytes(b"two")
+    shown: list[str] = []
+
+    def fetch_all(*_: object) -> list[Outcome]:
+        shown.append(capsys.readouterr().err)
+        return []
+
+    monkeypatch.setattr("ramctl.download.fetch_all", fetch_all)
+    assert run("one", "two", "guarded", "--mirror", hub.url) == 0
+    assert rows(shown[0]) == {
+        "name": ["still to come", "state", "gated", "licence"],
+        "one": ["140 kB", "missing", "no", "MIT"],
+        "two + extra": ["about 7 kB", "partial", "no", "Apache-2.0"],
+        "guarded": ["5 B", "missing", "yes", "Own terms"],
+    }
+    assert "about 147 kB to fetch, " in shown[0] and hub.front.seen == []
+    assert "left out" not in shown[0]
+
+
+def test_the_list_and_a_dry_run_tell_the_licence_and_what_is_gated(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--list") == 0
+    listed = rows(capsys.readouterr().err)
+    assert listed["name"] == ["size", "state", "used by", "gated", "licence"]
+    assert listed["one"] == ["140 kB", "missing", "aesthetic", "no", "MIT"]
+    assert listed["guarded"][-2:] == ["yes", "Own terms"] and listed["part extra"] == ["7 kB", "missing"]
+    assert run("guarded", "two", "--dry-run", "--mirror", hub.url) == 0
+    planned = rows(capsys.readouterr().err)
+    assert planned["name"] == ["still to come", "state", "gated", "licence"]
+    assert planned["guarded"] == ["5 B", "missing", "yes", "Own terms"]
+    assert planned["two + extra"] == ["5 kB", "missing", "no", "Apache-2.0"]
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ("--yes",), ()])
+def test_what_comes_on_request_is_named_as_left_out_until_it_is_there(
+    words: tuple[str, ...], hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "left out: rare (about 16.4 GB, `ramctl download-weights rare`)"
+    run(*words, "--mirror", hub.url)
+    assert said in capsys.readouterr().err
+    (tmp_path / "store" / "rare").mkdir(parents=True)
+    (tmp_path / "store" / "rare" / "rare.bin").write_bytes(b"rare")
+    run(*words, "--mirror", hub.url)
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_the_help_names_what_comes_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(MANIFEST_VARIABLE)
+    assert run("--help") == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    on_request = [entry for entry in load_manifest().values() if entry.on_request]
+    assert on_request and "except what only comes when named: deqa (16 GB" in words
+    for entry in on_request:
+        for user in entry.used_by:
+            scorer, _, engine = user.removeprefix("scorer:").partition(".")
+            assert scorer in words and engine in words
+
+
+def test_with_deqas_weights_comes_the_command_that_makes_its_interpreter_while_there_is_none(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAMCTL_DEQA_PYTHON", raising=False)
+    hub.add("team/rare", "rare.bin", b"rare")
+    command = "python -m ramctl.scorers.deqa.environment"
+    assert run("rare", "--mirror", hub.url) == 0
+    captured = capsys.readouterr()
+    assert command in captured.err and "RESULT weights.rare=present" in captured.out
+    assert run("one", "--mirror", hub.url) == 0
+    assert command not in capsys.readouterr().err
+    python = tmp_path / "store" / "deqa" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    assert run("rare", "--mirror", hub.url) == 0
+    assert command not in capsys.readouterr().err
+
+
+def test_weights_of_deqa_that_did_not_come_say_nothing_of_its_interpreter(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAMCTL_DEQA_PYTHON", raising=False)
+    assert run("rare", "--mirror", hub.url) == 1
+    assert "deqa.environment" not in capsys.readouterr().err
+
+
+def test_paddleocrs_models_come_with_their_scorer_and_are_found_by_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(MANIFEST_VARIABLE)
+    monkeypatch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path / "cache"))
+    for model in ("PP-OCRv3_mobile_det", "en_PP-OCRv4_mobile_rec"):
+        hub.add(f"PaddlePaddle/{model}", "inference.yml", b"Global:\n", large=False)
+        hub.add(f"PaddlePaddle/{model}", "inference.json", b"{}", large=False)
+        hub.add(f"PaddlePaddle/{model}", "inference.pdiparams", model.encode())
+
+    def missing_models() -> list[str]:
+        lines = create("ocr", {"engine": "paddleocr"}).missing()
+        return [line for line in lines if "PaddleOCR's model" in line]
+
+    assert len(missing_models()) == 2
+    assert run("scorer:ocr", "--mirror", hub.url) == 0
+    assert missing_models() == []
+    recorded = read_record(tmp_path / "store" / "pp-ocrv3-mobile-det")
+    assert recorded.commit == COMMIT and recorded.files["inference.pdiparams"].vouched_by == "hub"
+
+
+def test_damage_is_mended_by_a_command_without_a_presets_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, file in (("pickscore", "score.bin"), ("one", "one.bin")):
+        (tmp_path / "store" / name).mkdir(parents=True)
+        (tmp_path / "store" / name / file).write_bytes(b"?")
+    assert run("--verify") == 1
+    assert "Fetch again what is damaged: ramctl download-weights one scorer:pickscore\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("answer", "code"), [(b"n\n", 1), (b"y\n", 0)])
@@ -145,6 +296,8 @@ def test_the_list_tells_what_is_here(hub: Hub, tmp_path: Path, capsys: pytest.Ca
         "RESULT weights.two=partial",
         "RESULT weights.two.extra=missing",
         "RESULT weights.rare=missing",
+        "RESULT weights.guarded=missing",
+        "RESULT weights.pickscore=missing",
     ]
     assert "aesthetic" in captured.err
     file = tmp_path / "store" / "one" / "one.bin"

@@ -5,6 +5,8 @@ Reading itself is proven with the real packages by tests/parity/paddle_engine.py
 
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from ramctl.errors import MissingDependencyError, ScorerError, UsageError
 from ramctl.prompts import Prompt
 from ramctl.scorers.ocr import OcrScorer, paddle
 from ramctl.scorers.registry import create
+from ramctl.weights import OTHER_VARIABLE, ROOT_VARIABLE, entry_folder, find_entry
+from ramctl.weights.store import Record, Recorded, write_record
 
 BLANK = np.full((64, 64, 3), 90, dtype=np.uint8)
 OPEN = Prompt('a sign that says "open"')
@@ -48,6 +52,20 @@ def disable_signal_handler():
 def is_compiled_with_cuda():
     return cuda
 """
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store, and an empty cache of PaddleOCR's."""
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "store"))
+    monkeypatch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "store"
+
+
+def stored(entry: str, model: str) -> Path:
+    """The entry as ``ramctl download-weights`` leaves it."""
+    model_folder(entry_folder(entry), model, "inference.json", "inference.pdiparams")
+    return entry_folder(entry)
 
 
 def model_folder(folder: Path, name: str, *files: str) -> str:
@@ -287,13 +305,79 @@ def test_absent_packages_and_models_are_named_with_their_commands(
     made = scorer()
     package, detection, recognition = made.missing()
     assert package.endswith("needs paddleocr and paddlepaddle, not installed here: pip install 'ramctl[paddle]'")
-    folder = tmp_path / "a b" / "official_models"
-    assert f"hf download PaddlePaddle/PP-OCRv3_mobile_det --local-dir '{folder}/PP-OCRv3_mobile_det'" in detection
-    assert f"hf download PaddlePaddle/en_PP-OCRv4_mobile_rec --local-dir '{folder}/" in recognition
+    assert detection.endswith("PP-OCRv3_mobile_det, which is not here: ramctl download-weights pp-ocrv3-mobile-det")
+    assert recognition.endswith(": ramctl download-weights en-pp-ocrv4-mobile-rec")
     for ask in (made.ensure_loaded, lambda: made.version):
         with pytest.raises(MissingDependencyError) as caught:
             ask()
         assert str(caught.value) == "\n".join([package, detection, recognition])
+    chosen = scorer(detection_model="PP-OCRv5_server_det").missing()[1]
+    folder = tmp_path / "a b" / "official_models"
+    assert f"hf download PaddlePaddle/PP-OCRv5_server_det --local-dir '{folder}/PP-OCRv5_server_det'" in chosen
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_stores_models_come_before_the_cache_and_after_a_folder_given(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache" / "official_models"
+    for name in (paddle.DETECTION_MODEL, paddle.RECOGNITION_MODEL):
+        model_folder(cache / name, name, "inference.json", "inference.pdiparams")
+    detection = stored("pp-ocrv3-mobile-det", paddle.DETECTION_MODEL)
+    made = scorer()
+    made.ensure_loaded()
+    asked = stand_in().made[0]
+    assert asked["text_detection_model_dir"] == str(detection)
+    assert asked["text_recognition_model_dir"] == str(cache / paddle.RECOGNITION_MODEL)
+    scorer(detection_dir=models["detection_dir"]).ensure_loaded()
+    assert stand_in().made[1]["text_detection_model_dir"] == models["detection_dir"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_stores_entries_are_whole_models_of_the_default_pair() -> None:
+    for entry, model in (
+        ("pp-ocrv3-mobile-det", paddle.DETECTION_MODEL),
+        ("en-pp-ocrv4-mobile-rec", paddle.RECOGNITION_MODEL),
+    ):
+        assert find_entry(entry).repo == f"PaddlePaddle/{model}"
+        stored(entry, model)
+        assert {file.path for file in find_entry(entry).files} == {path.name for path in entry_folder(entry).iterdir()}
+    made = scorer()
+    assert made.missing() == []
+    assert f"/{paddle.DETECTION_MODEL}-" in made.version
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_of_the_store_that_has_changed_since_its_download_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(OTHER_VARIABLE, raising=False)
+    for entry, model in (
+        ("pp-ocrv3-mobile-det", paddle.DETECTION_MODEL),
+        ("en-pp-ocrv4-mobile-rec", paddle.RECOGNITION_MODEL),
+    ):
+        stored(entry, model)
+    file = entry_folder("pp-ocrv3-mobile-det") / "inference.pdiparams"
+    downloaded = Recorded(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    write_record(file.parent, Record(files={file.name: downloaded}))
+    scorer().ensure_loaded()
+    file.write_bytes(b"?" * downloaded.size)
+    os.utime(file, (0, 0))  # a clock's tick may be longer than this test
+    with pytest.raises(MissingDependencyError, match=r"download-weights pp-ocrv3-mobile-det"):
+        scorer().ensure_loaded()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_download_cut_short_is_named_and_a_whole_model_in_the_cache_used_instead(tmp_path: Path) -> None:
+    stored("en-pp-ocrv4-mobile-rec", paddle.RECOGNITION_MODEL)
+    folder = stored("pp-ocrv3-mobile-det", paddle.DETECTION_MODEL)
+    (folder / "inference.pdiparams").unlink()
+    (line,) = scorer().missing()
+    assert str(folder / "inference.pdiparams") in line
+    assert line.endswith("is not there: ramctl download-weights pp-ocrv3-mobile-det")
+    name = paddle.DETECTION_MODEL
+    model_folder(tmp_path / "cache" / "official_models" / name, name, "inference.json", "inference.pdiparams")
+    assert scorer().missing() == []
 
 
 @pytest.mark.usefixtures("installed")

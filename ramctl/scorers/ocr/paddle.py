@@ -3,8 +3,8 @@
 The paper read with PaddleOCR 2.9.1 and its English models (en_PP-OCRv3_det, en_PP-OCRv4_rec). PaddleOCR 3 has no
 English detector of that generation; the default here is its multilingual twin with the same English recogniser.
 
-Models are only read from folders: the ones given, else PaddleOCR's own cache. Nothing is downloaded behind the user's
-back, and without a network nothing waits for one.
+Models are only read from folders: the ones given, else what ``ramctl download-weights`` has fetched, else PaddleOCR's
+own cache. Nothing is downloaded behind the user's back, and without a network nothing waits for one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from ramctl.errors import MissingDependencyError, UsageError
 from ramctl.scorers.base import Images
 from ramctl.scorers.devices import scorer_device
 from ramctl.scorers.ocr.engine import fingerprint, is_installed, to_bgr
+from ramctl.weights import Entry, entry_folder, entry_of_repository, local_repository, weight_folder
+from ramctl.weights.store import command_for
 
 INSTALL = "pip install 'ramctl[paddle]'"
 DETECTION_MODEL = "PP-OCRv3_mobile_det"
@@ -44,7 +46,7 @@ class Model:
     Args:
         part: "detection" or "recognition", as in the options ``detection_dir`` and ``recognition_dir``.
         asked_name: PaddleOCR's name for the model; None: the folder's own, or the default without a folder.
-        asked_folder: where it lies; None: PaddleOCR's cache.
+        asked_folder: where it lies; None: the store's copy, else PaddleOCR's cache.
     """
 
     part: str
@@ -53,10 +55,10 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder given, else the model's place in PaddleOCR's cache."""
+        """The folder given, else the store's where it is complete, else the model's place in PaddleOCR's cache."""
         if self.asked_folder is not None:
             return Path(self.asked_folder).expanduser()
-        return model_cache() / (self.asked_name or self._default)
+        return local_repository(self._repository) or model_cache() / self._name_or_default
 
     @property
     def weights(self) -> Path | None:
@@ -109,16 +111,44 @@ class Model:
         if self.asked_folder is not None:
             wanted = f"{_SETTINGS} and {' with '.join((_GRAPHS[0], _WEIGHTS[0]))} or {_WEIGHTS[1]}"
             return f"The scorer 'ocr' finds no model in {self.folder} ({self.part}_dir): it needs {wanted}."
-        name = self.asked_name or self._default
-        place = shlex.quote(str(self.folder))
+        entry = entry_of_repository(self._repository)
+        if entry is not None and (problem := _begun(entry)):
+            return f"The scorer 'ocr' needs PaddleOCR's model {self._name_or_default}, but {problem}"
+        # A model that the manifest does not know is one that the user chose.
+        command = f"hf download {self._repository} --local-dir {shlex.quote(str(self.folder))}"
         return (
-            f"The scorer 'ocr' needs PaddleOCR's model {name}, which is not here: "
-            f"hf download PaddlePaddle/{name} --local-dir {place}"
+            f"The scorer 'ocr' needs PaddleOCR's model {self._name_or_default}, which is not here: "
+            f"{command if entry is None else command_for(entry.name)}"
         )
 
+    def verify(self) -> None:
+        """Compare the store's copy, where that is the one in use, with the hashes of its download.
+
+        Raises:
+            MissingDependencyError: a file is another one.
+        """
+        entry = entry_of_repository(self._repository)
+        if entry is not None and self.folder == entry_folder(entry.name):
+            weight_folder(entry.name)
+
     @property
-    def _default(self) -> str:
-        return DETECTION_MODEL if self.part == "detection" else RECOGNITION_MODEL
+    def _name_or_default(self) -> str:
+        return self.asked_name or (DETECTION_MODEL if self.part == "detection" else RECOGNITION_MODEL)
+
+    @property
+    def _repository(self) -> str:
+        return f"PaddlePaddle/{self._name_or_default}"
+
+
+def _begun(entry: Entry) -> str:
+    """What is wrong with an entry of the store that is there in part, or damaged; "" when nothing of it is there."""
+    if not any(entry_folder(entry.name).glob("[!.]*")):
+        return ""
+    try:
+        weight_folder(entry.name, verify=False)
+    except MissingDependencyError as error:
+        return str(error)
+    return ""
 
 
 def model_cache() -> Path:
@@ -216,9 +246,12 @@ class PaddleEngine:
 
         Raises:
             ImportError: a package does not import.
+            MissingDependencyError: a model in the store is not what was downloaded.
             UsageError: the device is not there, paddlepaddle cannot use it, or a folder's model is another one.
         """
         detection, recognition = self._models
+        for model in self._models:
+            model.verify()
         if detection.is_onnx != recognition.is_onnx:
             raise UsageError(
                 f"Scorer 'ocr': {detection.folder} and {recognition.folder} must both hold Paddle weights or both ONNX."
