@@ -74,6 +74,10 @@ class Backbone(ABC):
         """v(x_t, t | text) without guidance, float32 [N, C, h, w]; t float [N] in [0, 1]. Keeps gradients."""
 
     @abstractmethod
+    def sigmas(self, steps: int, sampler: Sampler = "euler") -> Tensor:
+        """The solver's noise levels in this model's grid, float32 [steps + 1] on the CPU, from 1 down to exactly 0."""
+
+    @abstractmethod
     def sample(
         self,
         network: nn.Module,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,100 +13,37 @@ from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
 from ramctl.backbones.parking import ParkedNetwork
+from ramctl.backbones.read_sd3 import quiet, read_pipeline
 from ramctl.config import LoraSection, ModelSection
+from ramctl.engine.micro_batch import MicroBatch
 from ramctl.engine.path import LinearPath, evenly_shifted_sigmas, shifted_sigmas
 from ramctl.engine.samplers import Sampler, integrate
-from ramctl.errors import CheckpointError, ConfigError, MissingDependencyError
-from ramctl.resources import download_command, find_model
+from ramctl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PREFIX = "transformer."
 _PROMPTS_AT_ONCE = 64  # a T5 takes gigabytes for more
+_TEXT_REMEDY = "Set model.text_encoders = parked, or lower model.max_sequence_length."
 #: Pixels decoded at once: eight pictures of 512x512 take some 3 GB and already fill a GPU.
 _PIXELS_AT_ONCE = 8 * 512**2
 #: A card with less memory has its text encoders parked (T5 takes 9.5 GB in bfloat16).
 _ROOMY_CARD = 60e9
 
 
-def _remedy(path: str) -> str:
-    command = download_command(path)
-    if command is not None:
-        return f"Fetch it with: {command}"
-    return "Set model.path to a diffusers folder, e.g. --model.path models/tinyworld."
+def parks_encoders(spec: ModelSection, device: torch.device, card: int | None = None) -> bool:
+    """Whether the text encoders are kept in main memory (``model.text_encoders``).
 
-
-def parks_encoders(spec: ModelSection, device: torch.device) -> bool:
-    """Whether the text encoders are kept in main memory (``model.text_encoders``)."""
+    ``card`` is the memory in bytes of a GPU that is planned for; None: that of the ``device`` itself.
+    """
     if device.type != "cuda" or spec.text_encoders == "resident":
         return False
     if spec.text_encoders == "parked":
         return True
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(device).total_memory < _ROOMY_CARD
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' advice and progress bars while a model loads."""
-    import diffusers
-    import transformers
-
-    levels = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
-    logging.captureWarnings(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.captureWarnings(False)
-        diffusers.logging.set_verbosity(levels[0])
-        transformers.logging.set_verbosity(levels[1])
-
-
-def _read_pipeline(spec: ModelSection) -> StableDiffusion3Pipeline:
-    with _quiet_import():
-        from diffusers import StableDiffusion3Pipeline
-
-    folder = find_model(spec.path, with_t5=spec.use_t5)
-    index = folder / "model_index.json"
-    if folder.exists() and not index.is_file():
-        raise ConfigError(f"model.path {spec.path!r}: {folder} is no diffusers folder (it has no model_index.json).")
-    absent: dict[str, Any] = {} if spec.use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-    try:
-        with _quiet():
-            return StableDiffusion3Pipeline.from_pretrained(
-                str(folder) if index.is_file() else spec.path,
-                revision=spec.revision,
-                torch_dtype=_DTYPES[spec.dtype],
-                **absent,
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        if index.is_file():
-            raise ConfigError(f"model.path {spec.path!r}: not a Stable Diffusion 3 model ({reason}).") from error
-        raise MissingDependencyError(
-            f"Model {spec.path!r} is neither a local folder nor a model that could be downloaded ({reason}). "
-            f"{_remedy(spec.path)}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """diffusers and transformers warn at import about packages that nothing here needs."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(device).total_memory
+    return card is not None and card < _ROOMY_CARD
 
 
 class StableDiffusion3(Backbone):
@@ -153,11 +88,12 @@ class StableDiffusion3(Backbone):
         self.latent_shape = (shape.in_channels, side, side)
         self._shift = float(pipeline.scheduler.config.shift)
         self._empty: TextEmbeddings | None = None
+        self._prompts_at_once = MicroBatch(_PROMPTS_AT_ONCE, "embedding prompts,", _TEXT_REMEDY)
 
     @classmethod
     def load(cls, spec: ModelSection, device: torch.device, autocast: torch.dtype | None) -> StableDiffusion3:
         """Load a diffusers folder or a hub id; see :meth:`Backbone.load`."""
-        return cls(_read_pipeline(spec), spec, device, autocast)
+        return cls(read_pipeline(spec), spec, device, autocast)
 
     @staticmethod
     def choose_attention(network: nn.Module, device: torch.device) -> None:
@@ -175,15 +111,16 @@ class StableDiffusion3(Backbone):
 
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """Embeddings as the pipeline computes them; without a T5, no zero tokens are appended in its place."""
-        parts = [
-            self._encode(prompts[start : start + _PROMPTS_AT_ONCE])
-            for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
-        ]
-        return functools.reduce(TextEmbeddings.joined, parts)
+
+        def embed(size: int) -> TextEmbeddings:
+            parts = [self._encode(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+            return functools.reduce(TextEmbeddings.joined, parts)
+
+        return self._prompts_at_once.run(embed)
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> TextEmbeddings:
-        with self._autocast(), _quiet():
+        with self._autocast(), quiet():
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
                 prompt=list(prompts),
                 prompt_2=None,
@@ -207,7 +144,8 @@ class StableDiffusion3(Backbone):
         result: Tensor = velocity.float()
         return result
 
-    def _sigmas(self, steps: int, sampler: Sampler) -> Tensor:
+    def sigmas(self, steps: int, sampler: Sampler = "euler") -> Tensor:
+        """``euler`` has the scheduler's own shifted grid; ``dpm2m`` even times, shifted."""
         grid = shifted_sigmas if sampler == "euler" else evenly_shifted_sigmas
         return grid(steps, self._shift).float()
 
@@ -216,7 +154,7 @@ class StableDiffusion3(Backbone):
     ) -> list[bool]:
         """For each step of :meth:`sample` whether it is guided, which takes two passes instead of one."""
         low, high = interval
-        return [guidance_scale != 1.0 and low <= sigma <= high for sigma in self._sigmas(steps, sampler).tolist()[:-1]]
+        return [guidance_scale != 1.0 and low <= sigma <= high for sigma in self.sigmas(steps, sampler).tolist()[:-1]]
 
     @torch.no_grad()
     def sample(
@@ -232,7 +170,7 @@ class StableDiffusion3(Backbone):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """``euler`` is flow matching on the scheduler's shifted grid, as the diffusers pipeline computes it."""
-        sigmas = self._sigmas(steps, sampler)
+        sigmas = self.sigmas(steps, sampler)
         guided = self.guided_steps(steps, guidance_scale, sampler, guidance_interval)
         turns = iter(guided)  # a solver takes one velocity a step, in order; to ask the device for σ would stop it
         if any(guided):
@@ -284,10 +222,18 @@ class StableDiffusion3(Backbone):
 
         from ramctl.backbones.lean import LoraLinear
 
-        linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+        if not lora.target_modules:
+            raise ConfigError("lora.target_modules names no layer. Name some, or train all weights with lora.rank = 0.")
         for target in lora.target_modules:
-            if not any(name == target or name.endswith("." + target) for name in linear):
+            named = {n: m for n, m in network.named_modules() if n == target or n.endswith("." + target)}
+            others = [name for name, module in named.items() if not isinstance(module, nn.Linear)]
+            if len(others) == len(named):
                 raise ConfigError(f"lora.target_modules: no linear layer of {self.spec.path!r} is named …{target!r}.")
+            if others:
+                raise ConfigError(
+                    f"lora.target_modules: {target!r} also names {others[0]}, which is no linear layer. Name the "
+                    "layers more fully, e.g. attn.to_q."
+                )
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
