@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from ramctl.errors import DataError, MissingDependencyError, ScorerError
-from ramctl.prompts import Prompt
+from ramctl.prompts import Prompt, read_prompts
 from ramctl.scorers.base import Images, Scores
 from ramctl.scorers.ocr import OcrScorer, capped_distance, limit_aspect, normalise, rapid, target_text
 from ramctl.tinyworld.grammar import sign_prompt
 from ramctl.tinyworld.renderer import render_sign
+
+PROMPTS = Path(__file__).parents[2] / "prompts"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,34 @@ def test_the_target(prompt: Prompt, target: str) -> None:
 def test_prompts_without_a_target_are_refused_before_any_image(text: str) -> None:
     with pytest.raises(DataError) as caught:
         OcrScorer().check_prompts([sign_prompt("fine"), Prompt(text)])
-    assert text in str(caught.value) and "double quotes" in str(caught.value)
+    assert f"Prompt 2 ({text!r})" in str(caught.value) and "double quotes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt('a sign ""'),
+        Prompt('a sign "   "'),
+        Prompt('a sign "" and a "word"'),  # the first pair counts
+        Prompt('a sign "word"', {"target": " "}),
+    ],
+)
+def test_prompts_with_nothing_to_read_are_refused_before_any_image(prompt: Prompt) -> None:
+    with pytest.raises(DataError, match="nothing to read") as caught:
+        OcrScorer().check_prompts([sign_prompt("fine"), prompt])
+    assert str(caught.value).startswith(f"Prompt 2 ({prompt.text!r})")
+
+
+@pytest.mark.parametrize("target", ["!", "…", "?!", " a ", "4", "灯", "\t", "💡"])
+def test_short_and_odd_targets_are_legal(target: str) -> None:
+    OcrScorer().check_prompts([Prompt(f'a sign "{target}"'), Prompt("a sign", {"target": target})])
+
+
+@pytest.mark.parametrize(
+    "name", ["ocr/test.jsonl", "ocr/train.jsonl.gz", "ocr-tiny/test.jsonl", "ocr-tiny/train.jsonl"]
+)
+def test_every_shipped_prompt_can_be_scored(name: str) -> None:
+    OcrScorer().check_prompts(read_prompts(PROMPTS / name))
 
 
 @pytest.mark.parametrize("target", [3, None, ["a"]])

@@ -26,6 +26,8 @@ Box = tuple[float, float, float, float]
 Partial = Literal["clamped", "flow_grpo"]
 PARTIALS: tuple[Partial, ...] = get_args(Partial)
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+_INCLUDE_KEYS = ("class", "count", "color", "position")
+_EXCLUDE_KEYS = ("class", "count")
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,43 @@ def _position(value: Any, index: int, where: str) -> tuple[str, int]:
     return relation, target
 
 
+def _check_keys(row: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    """Refuse conditions that the rules would not look at; a known key of the other side may stand there as null."""
+    for key, value in row.items():
+        if key in known or (key in _INCLUDE_KEYS and value is None):
+            continue
+        raise DataError(
+            f"{where}: no rule looks at the key {key!r}.{did_you_mean(str(key), known)} "
+            f"The keys here are {', '.join(known)}."
+        )
+
+
+def _count(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DataError(f'{where}: "count" must be a whole number of at least 1, got {value!r}.')
+    if value > MAX_PER_CLASS:
+        raise DataError(
+            f'{where}: "count" is {value}, but at most {MAX_PER_CLASS} objects of a class are ever counted: '
+            f"no picture could have that many."
+        )
+    return value
+
+
 def _clause(
-    row: Any, index: int, where: str, class_names: Collection[str] | None, colors: Collection[str] | None
+    row: Any,
+    index: int,
+    where: str,
+    keys: Sequence[str],
+    class_names: Collection[str] | None,
+    colors: Collection[str] | None,
 ) -> Clause:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object with class and count, got {row!r}.")
+    _check_keys(row, keys, where)
     name = _known(row.get("class"), class_names, "class", where)
-    count = row.get("count")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise DataError(f'{where}: "count" must be a whole number of at least 1, got {count!r}.')
+    count = _count(row.get("count"), where)
     color = None if row.get("color") is None else _known(row["color"], colors, "color", where)
-    relation, target = (None, None) if "position" not in row else _position(row["position"], index, where)
+    relation, target = (None, None) if row.get("position") is None else _position(row["position"], index, where)
     return Clause(name, count, color, relation, target)
 
 
@@ -124,6 +152,9 @@ def parse_task(
 ) -> Task:
     """A prompt's metadata in GenEval's format (``tag``, ``include``, ``exclude``) as a :class:`Task`.
 
+    Beside those three the metadata may hold anything (``prompt``, an id); a clause holds nothing but ``class``,
+    ``count`` and, in ``include``, ``color`` and ``position``.
+
     Args:
         metadata: the JSON object of the prompt's line.
         where: names the prompt in error messages.
@@ -131,8 +162,9 @@ def parse_task(
         colors: the colour words the detector knows; None: not checked.
 
     Raises:
-        DataError: no tag or include, an unknown class, colour or relation, a count below 1, a position that
-            points to no earlier clause.
+        DataError: no tag or include, an unknown key, class, colour or relation, a count below 1 or above 16
+            (no more objects of a class are ever counted), a position that points to no earlier clause, an
+            ``exclude`` that forbids what ``include`` asks for.
     """
     tag, include = metadata.get("tag"), metadata.get("include")
     if not isinstance(tag, str) or not tag:
@@ -142,11 +174,19 @@ def parse_task(
     exclude = metadata.get("exclude") or ()
     if not isinstance(exclude, Sequence) or isinstance(exclude, str):
         raise DataError(f'{where}: "exclude" must be a list, got {exclude!r}.')
-    return Task(
-        tag=tag,
-        include=tuple(_clause(row, i, f"{where}, include[{i}]", class_names, colors) for i, row in enumerate(include)),
-        exclude=tuple(_clause(row, i, f"{where}, exclude[{i}]", class_names, colors) for i, row in enumerate(exclude)),
-    )
+
+    def clauses(side: str, rows: Sequence[Any], keys: Sequence[str]) -> tuple[Clause, ...]:
+        return tuple(_clause(row, i, f"{where}, {side}[{i}]", keys, class_names, colors) for i, row in enumerate(rows))
+
+    task = Task(tag, clauses("include", include, _INCLUDE_KEYS), clauses("exclude", exclude, _EXCLUDE_KEYS))
+    for index, ban in enumerate(task.exclude):
+        wanted = max((clause.count for clause in task.include if clause.class_name == ban.class_name), default=0)
+        if wanted >= ban.count:
+            raise DataError(
+                f'{where}, exclude[{index}]: {ban.count} {ban.class_name} would be too many, but "include" asks for '
+                f"{wanted}: no picture could be right."
+            )
+    return task
 
 
 def _overlap(a: Box, b: Box) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,14 @@ from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
 from ramctl.scorers.ocr.engine import Engine, Reader, is_installed
 from ramctl.scorers.ocr.paddle import Model, PaddleEngine
 from ramctl.scorers.ocr.rapid import RapidEngine
-from ramctl.scorers.ocr.rule import RULE, capped_distance, normalise, target_text
+from ramctl.scorers.ocr.rule import RULE, capped_distance, normalise, readable_target
+from ramctl.scorers.ocr.threads import HangingError, Overdue, WatchedThreads, allow
 
 ENGINES = ("rapidocr", "paddleocr")
 
 _SMALLEST_SIDE = 32
+#: Seconds for starting an engine, where ``timeout`` is less: models may lie on a slow disk.
+_START_TIMEOUT = 300.0
 
 
 class OcrScorer(Scorer):
@@ -38,6 +42,9 @@ class OcrScorer(Scorer):
         threads: engines working side by side, each on one core; None: one per core at hand, at most 8 (on a GPU: 1).
         engine: "rapidocr" reads with the PP-OCRv6 models in its wheel, on the CPU; "paddleocr" is the paper's
             family (``pip install 'ramctl[paddle]'``).
+        timeout: seconds for reading one picture, the time it waits for its turn and the start of an engine not
+            counted; 0: no limit. A picture that takes longer is failed, its thread is left behind and another one
+            with a new engine takes the next. Reading takes 0.02 to 0.4 s.
         device: where paddleocr runs: "auto" (this process's GPU if paddlepaddle can use it), "cpu", "cuda", "cuda:N".
         detection_model, recognition_model: PaddleOCR's names of other models than the default pair.
         detection_dir, recognition_dir: folders with models in PaddleOCR's layout, instead of its cache.
@@ -58,12 +65,15 @@ class OcrScorer(Scorer):
         recognition_model: str | None = None,
         detection_dir: str | None = None,
         recognition_dir: str | None = None,
+        timeout: float = 60.0,
     ) -> None:
         super().__init__()
         if detector_side < _SMALLEST_SIDE:
             raise UsageError(f"Scorer 'ocr': detector_side is {detector_side}, it must be {_SMALLEST_SIDE} or more.")
         if threads is not None and threads < 1:
             raise UsageError(f"Scorer 'ocr': threads is {threads}, it must be 1 or more (leave it out to choose).")
+        if not timeout >= 0:
+            raise UsageError(f"Scorer 'ocr': timeout is {timeout}, it must be seconds above 0, or 0 for no limit.")
         models = {
             "detection_model": detection_model,
             "recognition_model": recognition_model,
@@ -72,9 +82,12 @@ class OcrScorer(Scorer):
         }
         self.detector_side = detector_side
         self.threads = threads
+        self.timeout = timeout
         self.engine = _make_engine(engine, detector_side, device, models)
+        self._engine_name = engine
+        self._seconds = timeout or math.inf
         self._readers = threading.local()
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: WatchedThreads | None = None
 
     @property
     def version(self) -> str:
@@ -114,39 +127,46 @@ class OcrScorer(Scorer):
                 f"The scorer 'ocr' needs a package that does not import ({error}): {self.engine.install}"
             ) from None
         count = self.threads or min(_cores(), self.engine.most_readers())
-        self._workers = ThreadPoolExecutor(max_workers=count, thread_name_prefix="ocr")
+        workers = WatchedThreads(count, self._seconds)
         try:
-            self._workers.submit(self._read, _warm_up_picture()).result()
+            read = workers.run([partial(self._read, _warm_up_picture())])[0]
         except Exception as error:
-            self._workers.shutdown()
-            self._workers = None
+            workers.close()
             raise ScorerError(
                 f"The OCR engine does not start ({_reason(error)}): {self.engine.install} --force-reinstall"
             ) from error
+        if isinstance(read, Overdue):
+            raise ScorerError(f"The OCR engine does not start: {self._too_long(read)}.")
+        self._workers = workers
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that name no text to read.
 
         Raises:
-            DataError: a prompt has neither a pair of straight double quotes nor a ``target``.
+            DataError: a prompt (its number is named) has neither a pair of straight double quotes nor a ``target``,
+                or one of nothing but spaces.
         """
         super().check_prompts(prompts)
-        for prompt in prompts:
-            target_text(prompt)
+        for number, prompt in enumerate(prompts, start=1):
+            readable_target(prompt, f"Prompt {number} ({prompt.text!r})")
 
     def score_batch(self, images: Images, prompts: Sequence[Prompt]) -> list[ImageScore | str]:
-        """Score pictures side by side on the engines' threads; the results do not depend on their number."""
+        """Score pictures side by side on the engines' threads; the results do not depend on their number.
+
+        Raises:
+            ScorerError: the engine hangs, in as many pictures in a row as there are threads (3 at least).
+        """
         if self._workers is None:
             raise RuntimeError("score_batch was called before load")
-        jobs: list[Future[ImageScore | str]] = [
-            self._workers.submit(self._score_or_reason, image, prompt)
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
+        jobs = [partial(self._score_or_reason, *pair) for pair in zip(images, prompts, strict=True)]
         try:
-            return [job.result() for job in jobs]
-        finally:
-            for job in jobs:  # after an interrupt nothing must go on reading
-                job.cancel()
+            results = self._workers.run(jobs)
+        except HangingError as error:
+            raise ScorerError(
+                f"The OCR engine {self._engine_name} hangs: pictures not read within {self.timeout:g} s, {error}. "
+                f"Start again, with a larger timeout of the scorer 'ocr' if this machine is that slow."
+            ) from None
+        return [self._too_long(result) if isinstance(result, Overdue) else result for result in results]
 
     def score_image(self, image: Images, prompt: Prompt) -> ImageScore:
         """Read one picture ``uint8 [H, W, 3]`` and compare it with the prompt's target.
@@ -156,10 +176,7 @@ class OcrScorer(Scorer):
         """
         if not image.size:
             raise DataError("the picture has no pixels")
-        target = target_text(prompt)
-        wanted = normalise(target)
-        if not wanted:
-            raise DataError(f"the target {target!r} holds nothing to read")
+        target, wanted = readable_target(prompt)
         lines = self._read(image)
         recognised = normalise("".join(lines))
         distance = capped_distance(recognised, wanted)
@@ -197,8 +214,13 @@ class OcrScorer(Scorer):
     def _read(self, image: Images) -> list[str]:
         reader: Reader | None = getattr(self._readers, "reader", None)
         if reader is None:
+            allow(max(self._seconds, _START_TIMEOUT))
             reader = self._readers.reader = self.engine.make_reader()
+            allow(self._seconds)
         return reader.read(image)
+
+    def _too_long(self, overdue: Overdue) -> str:
+        return f"{self._engine_name} did not finish within {overdue.seconds:g} s (timeout)"
 
     def _score_or_reason(self, image: Images, prompt: Prompt) -> ImageScore | str:
         try:

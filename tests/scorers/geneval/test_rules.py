@@ -239,6 +239,36 @@ def test_extra_objects_counts_what_nobody_asked_for():
             },
             "exclude[0]",
         ),
+        ({"tag": "x", "include": [{"class": "dog", "count": 1, "colour": "red"}]}, "Did you mean 'color'"),
+        ({"tag": "x", "include": [{"class": "dog", "count": 1, "positoin": None}]}, "Did you mean 'position'"),
+        ({"tag": "x", "include": [{"clas": "dog", "class": "dog", "count": 1}]}, "Did you mean 'class'"),
+        ({"tag": "x", "include": [{"class": "dog", "count": 1, "zzz": 1}]}, "keys here are class, count, color, pos"),
+        ({"tag": "x", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 17}]}, 'include[1]: "count"'),
+        ({"tag": "x", "include": [{"class": "dog", "count": 10**6}]}, "at most 16 objects"),
+        (
+            {
+                "tag": "x",
+                "include": [{"class": "dog", "count": 1}],
+                "exclude": [{"class": "cat", "count": 1, "color": "red"}],
+            },
+            "exclude[0]: no rule looks at the key 'color'",
+        ),
+        (
+            {
+                "tag": "x",
+                "include": [{"class": "dog", "count": 1}],
+                "exclude": [{"class": "dog", "count": 17}],
+            },
+            "exclude[0]",
+        ),
+        (
+            {
+                "tag": "x",
+                "include": [{"class": "dog", "count": 3}],
+                "exclude": [{"class": "cat", "count": 1}, {"class": "dog", "count": 3}],
+            },
+            "exclude[1]: 3 dog would be too many",
+        ),
     ],
 )
 def test_unusable_metadata_is_refused_by_name(metadata, message):
@@ -253,3 +283,32 @@ def test_positions_out_of_range_or_forward_are_refused(relation, target):
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, target]}]
     with pytest.raises(DataError, match=r"include\[1\]"):
         parse_task({"tag": "position", "include": include})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        # As a table (Parquet) gives the official records back: every column in every clause, null where unset.
+        {
+            "tag": "counting",
+            "include": [{"class": "dog", "count": 3, "color": None, "position": None}],
+            "exclude": [{"class": "dog", "count": 4, "color": None, "position": None}],
+        },
+        # Beside the rules' own keys a record may hold anything.
+        {
+            "tag": "single_object",
+            "include": [{"class": "dog", "count": 1}],
+            "exclude": None,
+            "prompt": "a photo of a dog",
+            "id": 7,
+            "colour": "no condition",
+        },
+        {"tag": "counting", "include": [{"class": "dog", "count": 16}]},
+        {"tag": "x", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "cat", "count": 1}]},
+    ],
+)
+def test_legal_records_stay_legal(metadata):
+    task = parse_task(metadata, class_names=["dog", "cat"], colors=["red"])
+    assert task.include[0].class_name == "dog"
+    assert task.include[0].color is None and task.include[0].relation is None
+    assert len(task.exclude) == len(metadata.get("exclude") or ())

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ramctl.errors import DataError, OutOfMemoryError, UsageError
-from ramctl.prompts import Prompt
+from ramctl.prompts import Prompt, read_prompts
 from ramctl.scorers.geneval import Detection, Detector, GenEvalScorer, KnownPicture
 from ramctl.tinyworld.grammar import KINDS, all_scenes, corrupt, scene_prompt
 from ramctl.tinyworld.renderer import render_scene
@@ -136,6 +137,8 @@ def test_empty_batch(scorer):
         ({"tag": "single_object", "include": [{"class": "circel", "count": 1}]}, "Did you mean 'circle'"),
         ({"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "brown"}]}, "'brown'"),
         ({"tag": "counting", "include": [{"class": "circle", "count": 0}]}, "at least 1"),
+        ({"tag": "counting", "include": [{"class": "circle", "count": 17}]}, "include[0]"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 1, "colour": "red"}]}, "Did you mean 'color'"),
     ],
 )
 def test_check_prompts_names_the_prompt(scorer, metadata, message):
@@ -143,6 +146,21 @@ def test_check_prompts_names_the_prompt(scorer, metadata, message):
         scorer.check_prompts([CIRCLE, Prompt("the second", metadata)])
     assert "Prompt 2 ('the second')" in str(error.value)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("detector", "name", "count"),
+    [
+        ("mask2former", "geneval/test.jsonl", 553),
+        ("mask2former", "geneval/train.jsonl.gz", 50_000),
+        ("tinyworld", "geneval-tiny/test.jsonl", 240),
+        ("tinyworld", "geneval-tiny/train.jsonl", 1452),
+    ],
+)
+def test_every_shipped_prompt_is_accepted(detector, name, count):
+    prompts = read_prompts(Path(__file__).parents[3] / "prompts" / name)
+    assert len(prompts) == count
+    GenEvalScorer(detector).check_prompts(prompts)
 
 
 @pytest.mark.parametrize("options", [{"detector": "tinywold"}, {"partial": "clampd"}])

@@ -1,0 +1,294 @@
+"""An OCR engine that hangs: the picture fails, its thread is left behind, the others are read, the process ends."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ramctl.errors import ScorerError, UsageError
+from ramctl.prompts import Prompt
+from ramctl.scorers.base import Images, Scores
+from ramctl.scorers.ocr import OcrScorer
+from ramctl.scorers.ocr import scorer as scorer_module
+from ramctl.scorers.ocr import threads as threads_module
+from ramctl.scorers.ocr.threads import HangingError, Overdue, WatchedThreads
+from ramctl.scorers.registry import create
+
+GOOD, HANGS = 0, 255
+
+
+class StandIn:
+    """Readers that say how bright a picture is after ``seconds``, and stay in the white ones until released."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.made = 0
+        self.start_seconds = 0.0
+        self.seconds: Callable[[int], float] = lambda level: 0.0
+
+    def make_reader(self) -> StandIn:
+        self.made += 1
+        time.sleep(self.start_seconds)
+        return self
+
+    def read(self, image: Images) -> list[str]:
+        if image.min() == HANGS:
+            self.released.wait(10)
+        level = int(image[0, 0, 0])
+        time.sleep(self.seconds(level))
+        return [str(level)]
+
+
+@pytest.fixture
+def engine() -> Iterator[StandIn]:
+    made = StandIn()
+    yield made
+    made.released.set()
+
+
+def scorer(engine: StandIn, *, threads: int = 1, timeout: float = 0.15) -> OcrScorer:
+    made = OcrScorer(threads=threads, timeout=timeout)
+    made.engine.make_reader = engine.make_reader  # type: ignore[method-assign]
+    made.ensure_loaded()
+    return made
+
+
+def score(made: OcrScorer, *levels: int) -> Scores:
+    images = np.stack([np.full((8, 8, 3), level, dtype=np.uint8) for level in levels])
+    return made.score(images, [Prompt(f'a sign "{level}"') for level in levels])
+
+
+def ocr_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "ocr"}
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 5
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return true()
+
+
+# --- the scorer
+
+
+def test_a_picture_whose_reading_hangs_fails_and_the_others_are_read_in_order(engine: StandIn) -> None:
+    engine.seconds = lambda level: max(0.0, 0.06 - 0.01 * level)  # the later ones are done sooner
+    made = scorer(engine, threads=2)
+    scores = score(made, 1, HANGS, 2, 3, 4, 5)
+    assert scores.failed.tolist() == [False, True, False, False, False, False]
+    assert scores.errors[1] == "rapidocr did not finish within 0.15 s (timeout)"
+    assert [record.get("text") for record in scores.records] == ["1", None, "2", "3", "4", "5"]
+    assert scores.value[[0, 2, 3, 4, 5]].tolist() == [1] * 5
+
+
+def test_a_stuck_engine_is_replaced_by_a_new_one(engine: StandIn) -> None:
+    made = scorer(engine)
+    assert score(made, 1, HANGS, 2).failed.tolist() == [False, True, False]
+    assert engine.made == 2
+    assert score(made, HANGS).failed.tolist() == [True]
+    assert score(made, 3, 4).value.tolist() == [1, 1]
+    assert engine.made == 3
+
+
+def test_waiting_for_its_turn_is_not_reading(engine: StandIn) -> None:
+    engine.seconds = lambda level: 0.07
+    assert not score(scorer(engine), *range(6)).failed.any()
+
+
+def test_starting_an_engine_is_not_reading(engine: StandIn) -> None:
+    engine.start_seconds = 0.3
+    assert not score(scorer(engine), 1).failed.any()
+
+
+def test_without_a_limit_slow_pictures_are_waited_for(engine: StandIn) -> None:
+    engine.seconds = lambda level: 0.1
+    assert not score(scorer(engine, timeout=0), 1, 2).failed.any()
+
+
+def test_an_engine_that_hangs_in_picture_after_picture_stops_the_work(engine: StandIn) -> None:
+    made = scorer(engine, timeout=0.05)
+    for _ in range(2):
+        assert score(made, HANGS).failed.all()
+    with pytest.raises(ScorerError, match=r"The OCR engine rapidocr hangs: .* within 0\.05 s, 3 in a row"):
+        score(made, HANGS)
+
+
+def test_one_picture_read_between_those_that_hang_keeps_the_work_going(engine: StandIn) -> None:
+    made = scorer(engine, timeout=0.05)
+    scores = score(made, HANGS, HANGS, GOOD, HANGS, HANGS, GOOD)
+    assert scores.failed.tolist() == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(("hanging", "stops"), [(4, False), (5, True)])
+def test_as_many_in_a_row_as_there_are_threads(engine: StandIn, hanging: int, stops: bool) -> None:
+    made = scorer(engine, threads=5)
+    engine.seconds = lambda level: 0.02
+    if stops:
+        with pytest.raises(ScorerError, match="5 in a row"):
+            score(made, *[HANGS] * hanging)
+    else:
+        assert score(made, *[HANGS] * hanging, GOOD).failed.tolist() == [True] * hanging + [False]
+
+
+def test_an_engine_that_hangs_at_its_start_is_said_to(engine: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "_START_TIMEOUT", 0.1)
+    engine.start_seconds = 0.5
+    with pytest.raises(ScorerError, match=r"does not start: rapidocr did not finish within 0\.1 s"):
+        scorer(engine, timeout=0.05)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_is_seconds(timeout: float) -> None:
+    with pytest.raises(UsageError, match="timeout"):
+        create("ocr", {"timeout": timeout})
+
+
+def test_a_timeout_may_be_given_as_text_and_infinite() -> None:
+    made = create("ocr", {"timeout": "2.5"})
+    assert isinstance(made, OcrScorer) and made.timeout == 2.5
+    create("ocr", {"timeout": float("inf")})
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_the_process_ends_while_a_reader_is_stuck(given_up: bool) -> None:
+    timeout = 0.1 if given_up else 0
+    code = f"""
+import threading, time
+import numpy as np
+from ramctl.prompts import Prompt
+from ramctl.scorers.ocr import OcrScorer, threads
+
+class Stuck:
+    def read(self, image):
+        if image.max() == 0:
+            time.sleep(600)
+        return []
+
+threads._EXIT_GRACE = 0.1
+scorer = OcrScorer(threads=1, timeout={timeout})
+scorer.engine.make_reader = Stuck
+scorer.ensure_loaded()
+work = lambda: print(scorer.score(np.zeros((1, 8, 8, 3), np.uint8), [Prompt('a "b"')]).errors)
+if {given_up}:
+    work()
+else:  # as after an interrupt
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.2)
+print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "over"
+    assert ("(timeout)" in done.stdout) is given_up
+
+
+# --- the threads
+
+
+def test_threads_are_begun_as_jobs_need_them_and_used_again() -> None:
+    threads = WatchedThreads(8, 10)
+    before = ocr_threads()
+    for _ in range(20):
+        assert threads.run([lambda: 1]) == [1]
+    assert len(ocr_threads() - before) == 1
+    together = threading.Barrier(3, timeout=10)
+    threads.run([together.wait] * 3)
+    assert len(ocr_threads() - before) == 3
+
+
+def test_threads_end_with_their_owner() -> None:
+    before = ocr_threads()
+    threads = WatchedThreads(2, 10)
+    threads.run([lambda: None] * 2)
+    assert ocr_threads() - before
+    del threads
+    gc.collect()
+    assert soon(lambda: not ocr_threads() - before)
+
+
+def test_an_idle_thread_keeps_no_job_alive() -> None:
+    class Picture:
+        """Only an object of a class of ours can be watched."""
+
+    threads = WatchedThreads(1, 10)
+    picture = Picture()
+    watched = weakref.ref(picture)
+    threads.run([partial(id, picture)])
+    del picture
+    assert soon(lambda: watched() is None)
+
+
+def test_what_is_given_up_ends_when_it_can_and_says_nothing() -> None:
+    before = ocr_threads()
+    threads = WatchedThreads(1, 0.05)
+    released = threading.Event()
+    assert threads.run([partial(released.wait, 10), lambda: True]) == [Overdue(0.05), True]
+    assert len(ocr_threads() - before) == 2
+    released.set()
+    assert soon(lambda: len(ocr_threads() - before) == 1)
+    assert threads.run([lambda: 7]) == [7]
+
+
+def test_too_many_stuck_threads_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_module, "_MOST_STUCK", 2)
+    threads = WatchedThreads(1, 0.05)
+    released = threading.Event()
+    stuck = partial(released.wait, 10)
+    threads.run([stuck, lambda: True])
+    released.set()  # this one comes back and counts no more
+    assert soon(lambda: not any(worker.thread.is_alive() for worker in threads._shared.stuck if worker.thread))
+    released.clear()
+    threads.run([stuck, lambda: True])
+    with pytest.raises(HangingError, match="2 of them still stuck"):
+        threads.run([stuck, lambda: True])
+    released.set()
+
+
+def test_the_first_exception_is_raised_and_nothing_more_is_begun() -> None:
+    begun: list[int] = []
+
+    def job(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.02)
+        raise ValueError(str(number))
+
+    with pytest.raises(ValueError, match="0"):
+        WatchedThreads(1, 10).run([partial(job, number) for number in range(20)])
+    time.sleep(0.1)
+    assert len(begun) < 5
+
+
+def test_a_process_that_was_stopped_gives_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl+Z and fg every reading would be overdue, and all of them in a row."""
+    stopped_for = 0.0
+    really_wait = threads_module.wait
+
+    def wait(futures: Any, timeout: float) -> None:
+        nonlocal stopped_for
+        if not stopped_for:
+            time.sleep(0.05)
+            stopped_for = 1000.0
+        else:
+            really_wait(futures, timeout)
+
+    monkeypatch.setattr(threads_module, "wait", wait)
+    monkeypatch.setattr(threads_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_for))
+
+    def job() -> str:
+        time.sleep(0.15)
+        return "done"
+
+    assert WatchedThreads(1, 10).run([job]) == ["done"]
+    assert stopped_for
