@@ -3,9 +3,8 @@
     python -m benchmarks.random_sd35 FOLDER [--device cuda] [--without-t5] [--layers 2]
 
 The official weights are gated; speed, memory and the plumbing of full-size runs do not depend on their values. Sizes
-are those of the published configuration files: 24 joint blocks of width 1536 (13 with a second image attention), CLIP
-ViT-L and ViT-bigG text encoders, the encoder of T5 v1.1 XXL, the 16-channel autoencoder; 16 GB in bfloat16. Tokenizers
-split into characters, so a prompt has more tokens than it would; the passes are of the same fixed lengths.
+are those of ``ramctl/backbones/sd35_medium.py``; 16 GB in bfloat16. Tokenizers split into characters, so a prompt has
+more tokens than it would; the passes are of the same fixed lengths.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from ramctl.backbones.sd35_medium import CLIP_BOS, CLIP_EOS, CLIP_TOKENS, configurations
 
-_BOS, _EOS = 49_406, 49_407
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Tokenizer
 
 
 def build_pipeline(*, layers: int | None = None, with_t5: bool = True) -> StableDiffusion3Pipeline:
@@ -32,101 +31,32 @@ def build_pipeline(*, layers: int | None = None, with_t5: bool = True) -> Stable
         layers: layers of the transformer and of each text encoder; None is the full 24, 12, 32 and 24.
         with_t5: without it the folder has no third text encoder, and ``model.use_t5`` must be false.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import T5Config, T5EncoderModel
 
+    parts = configurations(layers=layers, with_t5=with_t5)
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(layers or 24),
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
-        vae=build_vae(),
-        text_encoder=build_clip(layers or 12, width=768, heads=12, activation="quick_gelu"),
+        transformer=SD3Transformer2DModel.from_config(parts["transformer"]),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(parts["scheduler"]),
+        vae=AutoencoderKL.from_config(parts["vae"]),
+        text_encoder=_build_clip(parts["text_encoder"]),
         tokenizer=build_clip_tokenizer(),
-        text_encoder_2=build_clip(layers or 32, width=1280, heads=20, activation="gelu"),
+        text_encoder_2=_build_clip(parts["text_encoder_2"]),
         tokenizer_2=build_clip_tokenizer(),
-        text_encoder_3=build_t5(layers or 24) if with_t5 else None,
+        text_encoder_3=T5EncoderModel(T5Config.from_dict(parts["text_encoder_3"])) if with_t5 else None,
         tokenizer_3=build_t5_tokenizer() if with_t5 else None,
     )
 
 
-def build_transformer(layers: int) -> SD3Transformer2DModel:
-    """The MMDiT-X of width 1536."""
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=layers,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(min(13, layers))),
-        qk_norm="rms_norm",
-    )
-
-
-def build_vae() -> AutoencoderKL:
-    """The f=8 autoencoder with 16 latent channels."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        norm_num_groups=32,
-        sample_size=1024,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def build_clip(layers: int, *, width: int, heads: int, activation: str) -> CLIPTextModelWithProjection:
-    """A CLIP text encoder with projection."""
+def _build_clip(configuration: dict[str, Any]) -> CLIPTextModelWithProjection:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=49_408,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=77,
-            hidden_act=activation,
-            bos_token_id=_BOS,
-            eos_token_id=_EOS,
-            pad_token_id=_EOS,
-        )
-    )
-
-
-def build_t5(layers: int) -> T5EncoderModel:
-    """The encoder of T5 v1.1 XXL."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=32_128,
-            d_model=4096,
-            d_ff=10_240,
-            d_kv=64,
-            num_heads=64,
-            num_layers=layers,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(configuration))
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
@@ -135,8 +65,8 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
     characters = string.ascii_lowercase + string.digits + string.punctuation
     vocab = {token: i for i, token in enumerate([*characters, *(f"{c}</w>" for c in characters)])}
-    vocab |= {"<|startoftext|>": _BOS, "<|endoftext|>": _EOS}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    vocab |= {"<|startoftext|>": CLIP_BOS, "<|endoftext|>": CLIP_EOS}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
@@ -146,21 +76,6 @@ def build_t5_tokenizer() -> T5Tokenizer:
     characters = string.ascii_letters + string.digits + string.punctuation + "▁"
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in characters)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
-
-
-def write_configs(folder: Path, **options: Any) -> None:
-    """The folder without its weights: what sizes, memory and ``--dry-run`` are worked out from."""
-    with torch.device("meta"):
-        pipeline = build_pipeline(**options)
-    for name, part in pipeline.components.items():
-        if part is None:
-            continue
-        keep = getattr(part, "save_config", None) or getattr(part, "save_pretrained", None)
-        if isinstance(part, torch.nn.Module) and hasattr(part, "config") and not hasattr(part, "save_config"):
-            part.config.save_pretrained(folder / name)
-        elif keep is not None:
-            keep(folder / name)
-    pipeline.save_config(folder)
 
 
 def main() -> None:

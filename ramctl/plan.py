@@ -1,10 +1,10 @@
 """What a run would do, before it does it: sizes, forwards, memory, weights, disk. Behind ``ramctl train --dry-run``.
 
-Nothing is trained, drawn or downloaded, and no weight is read. Memory is an estimate by this formula, per process::
+Nothing is trained, drawn or downloaded, and no weight of the model is read. Memory is an estimate, per process::
 
     resident = live + frozen network + base values of the changed weights + text encoders + autoencoder
              + trained weights * (1 policy + 1 gradient + 2 AdamW moments + 2 lagged sets), float32
-             + text embeddings and endpoints of the step + the libraries
+             + text embeddings and endpoints of the step + the scorers' weights + the libraries
     embed    = resident, without endpoints, + the largest text encoder where they are parked
     sample   = resident + one guided pass at the sampling micro-batch
     decode   = resident + one decoding at the sampling micro-batch
@@ -12,8 +12,9 @@ Nothing is trained, drawn or downloaded, and no weight is read. Memory is an est
     train    = resident + one forward and backward pass at the training micro-batch + stored velocities
     update   = resident + AdamW's temporaries (as much as the trained weights) + stored velocities
 
-Bytes of a pass are counted by running it without data (:mod:`ramctl.plan_memory`). Not in the estimate: the scorers'
-own models, the text encoders' passes, and what an allocator loses to fragmentation.
+Bytes of a pass are counted by running it without data (:mod:`ramctl.plan_memory`), those of the scorers' weights come
+from the manifest (:mod:`ramctl.plan_scorers`). Not in the estimate: what the scorers' and the text encoders' passes
+take beside their weights, and what an allocator loses to fragmentation.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ramctl.config import Config
-from ramctl.errors import DataError, MissingDependencyError, RamctlError
+from ramctl.errors import DataError, MissingDependencyError, RamctlError, UsageError
 from ramctl.resources import download_command, find_model, find_resource
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ _LIBRARIES = {"cpu": 800_000_000, "cuda": 600_000_000}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _FLOAT32 = 4
+#: The part of the resident memory that the scorers' weights take.
+SCORERS = "scorers' weights"
+#: What to do about memory: each leaves the experiment the same. On a GPU encoders can be parked, too.
+_LESS = "lower rollout.micro_batch, train.micro_batch, train.sweep_micro_batch; set train.gradient_checkpointing = true"
+_PARK = ', model.text_encoders = "parked"'
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,16 @@ class Memory:
     """Estimated bytes per process: what is always there by part, and the peak of each phase.
 
     ``available`` are free bytes of the device (one GPU; on the CPU those of the machine), None where unknown.
-    ``sharers`` processes take their part of them.
+    ``sharers`` processes take their part of them. ``card``: that is all the memory of a GPU that was asked about, not
+    what is free here. ``uncounted`` names scorers on the device whose weights' size is not known.
     """
 
     resident: Mapping[str, int]
     phases: Mapping[str, int]
     available: int | None
     sharers: int
+    card: bool = False
+    uncounted: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -171,40 +181,44 @@ class Plan:
         found = [f"{source.name}: {source.detail}" for source in self.sources if source.status == "missing"]
         found += [f"scorer {scorer.name}: {scorer.detail}" for scorer in self.scorers if not scorer.ready]
         if self.memory is not None and not self.memory.fits:
-            found.append("memory: the estimate is above what is free; lower the micro-batches or free memory")
+            limit = "the card has" if self.memory.card else "is free"
+            remedy = _LESS + (_PARK if self.device == "cuda" else "")
+            found.append(f"memory: the estimate is above what {limit}: {remedy}")
         if self.disk is not None and self.disk.most > self.disk.free:
             found.append(f"disk: the checkpoints need more than is free in {self.disk.folder}")
         return found
 
 
-def make_plan(config: Config, processes: int, device: str) -> Plan:
+def make_plan(config: Config, processes: int, device: str, card: int | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         config: the resolved configuration.
         processes: how many processes share each step.
-        device: "cpu", "cuda", or "auto" (CUDA where there is one).
+        device: "cpu", "cuda", or "auto" (CUDA where there is one, or a card is asked about).
+        card: memory in bytes of the GPU (each process' own) that the run is planned for, wherever it is planned; None:
+            this machine's devices.
 
     Raises:
         ConfigError: the configuration does not fit the model (resolution, LoRA targets).
-        UsageError: a scorer of the reward, or one of its options, does not exist.
+        UsageError: a scorer of the reward, or one of its options, does not exist; or a card is asked about for a run
+            on the CPU.
     """
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if card is not None or torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    folder, source = model_source(config)
-    skeleton = None
-    if folder is not None:
-        skeleton, source = _skeleton(folder, config, source)
+    if card is not None and place.type != "cuda":
+        raise UsageError(f'A card was asked about, but runtime.device is "{device}": add --runtime.device cuda.')
+    skeleton, source = _networks(config, *model_source(config))
     prompt_sources, prompts, evaluation_prompts = prompt_files(config)
     sizes = _sizes(config, processes, evaluation_prompts)
-    batches = _micro_batches(config, sizes, skeleton, place)
+    batches = _micro_batches(config, sizes, skeleton, place, card)
     memory = parameters = disk = None
     if skeleton is not None:
         parameters = _parameters(skeleton)
-        memory = _memory(config, skeleton, sizes, batches, place)
+        memory = _memory(config, skeleton, sizes, batches, place, card)
         disk = _disk(config, parameters)
     return Plan(
         name=config.name,
@@ -257,14 +271,16 @@ def _forwards(config: Config, skeleton: Skeleton | None) -> Forwards:
     )
 
 
-def _micro_batches(config: Config, sizes: Sizes, skeleton: Skeleton | None, device: torch.device) -> MicroBatches:
+def _micro_batches(
+    config: Config, sizes: Sizes, skeleton: Skeleton | None, device: torch.device, card: int | None
+) -> MicroBatches:
     from ramctl.engine.micro_batch import auto_micro_batch
 
     def size(given: int, most: int, *, training: bool) -> int | None:
         if not given:
             if skeleton is None:
                 return None
-            given = auto_micro_batch(skeleton.backbone.latent_shape, device, training=training)
+            given = auto_micro_batch(skeleton.backbone.latent_shape, device, training=training, card=card)
         return min(given, most)
 
     def batches(total: int, batch: int | None) -> int | None:
@@ -300,10 +316,19 @@ def _parameters(skeleton: Skeleton) -> Parameters:
 # -- memory and disk --------------------------------------------------------------------------------------------------
 
 
-def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatches, device: torch.device) -> Memory:
+def _memory(
+    config: Config,
+    skeleton: Skeleton,
+    sizes: Sizes,
+    batches: MicroBatches,
+    device: torch.device,
+    card: int | None,
+) -> Memory:
     from ramctl.plan_memory import trace_passes
+    from ramctl.plan_scorers import scorer_weights
 
-    resident = _resident(config, skeleton, sizes, device)
+    scorers = scorer_weights(config, device, sizes.processes)
+    resident = {**_resident(config, skeleton, sizes, device, card), SCORERS: scorers.total}
     assert batches.sampling and batches.sweep and batches.training
     passes = trace_passes(
         skeleton,
@@ -325,7 +350,8 @@ def _memory(config: Config, skeleton: Skeleton, sizes: Sizes, batches: MicroBatc
         "update": base + resident["policy weights"] + stored,
     }
     sharers = sizes.processes if device.type == "cpu" else 1
-    return Memory(resident, phases, _free_memory(device), sharers)
+    available = _free_memory(device) if card is None else card
+    return Memory(resident, phases, available, sharers, card is not None, scorers.unknown)
 
 
 def _encoder_bytes(skeleton: Skeleton) -> list[int]:
@@ -334,8 +360,10 @@ def _encoder_bytes(skeleton: Skeleton) -> list[int]:
     return [tensor_bytes(encoder.parameters()) for encoder in skeleton.encoders]
 
 
-def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.device) -> dict[str, int]:
-    """Bytes that stay through a whole step, by part."""
+def _resident(
+    config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.device, card: int | None
+) -> dict[str, int]:
+    """Bytes that stay through a whole step, by part; without the scorers'."""
     from ramctl.backbones.sd3 import parks_encoders
     from ramctl.plan_memory import DTYPES, tensor_bytes
 
@@ -349,7 +377,7 @@ def _resident(config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.de
         "live network": tensor_bytes(p for p in policy.live.parameters() if not p.requires_grad),
         "frozen network": tensor_bytes(policy.frozen.parameters()),
         "base values": tensor_bytes(policy._base.values()),
-        "text encoders": 0 if parks_encoders(config.model, device) else sum(_encoder_bytes(skeleton)),
+        "text encoders": 0 if parks_encoders(config.model, device, card) else sum(_encoder_bytes(skeleton)),
         "autoencoder": tensor_bytes(skeleton.vae.parameters()),
         "policy weights": trained,
         "gradients": trained,
@@ -405,8 +433,10 @@ def model_source(config: Config) -> tuple[Path | None, FileSource]:
 def _hub_source(config: Config, name: str) -> tuple[Path | None, FileSource]:
     from huggingface_hub import constants, try_to_load_from_cache
 
+    from ramctl.backbones.read_sd3 import pinned_revision
+
     path = config.model.path
-    index = try_to_load_from_cache(path, "model_index.json", revision=config.model.revision)
+    index = try_to_load_from_cache(path, "model_index.json", revision=pinned_revision(path, config.model.revision))
     folder = Path(index).parent if isinstance(index, str) else None
     if folder is not None and not _absent_weights(folder, config):
         return folder, FileSource(name, "found", str(folder))
@@ -432,6 +462,24 @@ def _absent_weights(folder: Path, config: Config) -> Path | None:
         if not any(file for pattern in _WEIGHTS for file in (folder / part).glob(pattern)):
             return folder / part
     return None
+
+
+def _networks(config: Config, folder: Path | None, source: FileSource) -> tuple[Skeleton | None, FileSource]:
+    """The networks without data: of the model's folder, else of the architecture that is known to be behind its id."""
+    from ramctl.backbones import sd35_medium
+
+    skeleton = None
+    if folder is not None:
+        skeleton, source = _skeleton(folder, config, source)
+    if skeleton is not None or config.model.path != sd35_medium.HUB_ID:
+        return skeleton, source
+    from ramctl.plan_memory import build_skeleton
+
+    with tempfile.TemporaryDirectory() as place:
+        sd35_medium.write_configs(Path(place), with_t5=config.model.use_t5)
+        skeleton = build_skeleton(Path(place), config, _tokens(Path(place)))
+    note = "the shapes planned with are those of the known architecture, not read from the model"
+    return skeleton, replace(source, detail=f"{source.detail} ({note})")
 
 
 def _skeleton(folder: Path, config: Config, source: FileSource) -> tuple[Skeleton | None, FileSource]:

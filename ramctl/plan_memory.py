@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ramctl.backbones.base import TextEmbeddings
-from ramctl.backbones.sd3 import StableDiffusion3, _quiet, _quiet_import
+from ramctl.backbones.read_sd3 import quiet, quiet_import
+from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config, ModelSection
 from ramctl.engine.objective import regression_loss
 from ramctl.engine.policy import Policy
@@ -84,7 +85,7 @@ def build_skeleton(folder: Path, config: Config, tokens: int | None) -> Skeleton
         ConfigError: the resolution does not fit the model, or a LoRA target names no layer.
         OSError, ValueError, KeyError, TypeError: a configuration file is absent or no such model's.
     """
-    with _quiet_import():
+    with quiet_import():
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
         from diffusers import StableDiffusion3Pipeline as Pipeline
         from transformers import CLIPTextModelWithProjection as Clip
@@ -100,7 +101,7 @@ def build_skeleton(folder: Path, config: Config, tokens: int | None) -> Skeleton
         part: nn.Module = kind(kind.config_class.from_pretrained(folder / name))
         return nn.Module.to(part, dtype)
 
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         encoders = [transformers_part(Clip, "text_encoder"), transformers_part(Clip, "text_encoder_2")]
         if config.model.use_t5:
             encoders.append(transformers_part(T5, "text_encoder_3"))

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_sd35 import write_configs
+from ramctl.backbones.sd35_medium import HUB_ID
 from ramctl.config import Config
 from ramctl.plan import make_plan
 from ramctl.prompts import read_prompts
 from ramctl.resources import find_resource
 from ramctl.settings import list_presets, load_settings
+from ramctl.weights import entry_of_repository
 
 PAPER = ("geneval", "ocr", "pickscore")
 
@@ -67,15 +68,24 @@ def test_the_parts_that_presets_share_are_no_preset() -> None:
     assert not any("shared" in preset.name or "sd35" in preset.name for preset in list_presets())
 
 
+def test_the_known_architecture_is_that_of_the_presets_and_the_downloads_model() -> None:
+    assert config("geneval").model.path == config("geneval-24gb").model.path == HUB_ID
+    assert entry_of_repository(HUB_ID) is not None
+
+
 @pytest.mark.slow
-def test_the_small_cards_preset_is_the_same_experiment_and_fits(tmp_path: Path) -> None:
-    write_configs(tmp_path / "sd35")
-    place = ("model.path", str(tmp_path / "sd35"))
-    large, small = config("geneval", place), config("geneval-24gb", place)
+def test_the_small_cards_preset_is_the_same_experiment_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peak of 22.9 GB was measured with the scorers, under a limit of 24 GiB on an H200. The model is not needed."""
+    monkeypatch.setenv("RAMCTL_WEIGHTS", str(tmp_path))
+    large, small = config("geneval"), config("geneval-24gb")
     differing = {"name", "description", "model", "rollout", "train"}
     assert large.model_dump(exclude=differing) == small.model_dump(exclude=differing)
-    plan = make_plan(small, 1, "cuda")
+    plan = make_plan(small, 1, "auto", card=24 * 2**30)
     assert plan.parameters is not None and plan.memory is not None
     assert 2.2e9 < plan.parameters.transformer < 2.3e9
     assert plan.parameters.text_encoders > 5e9
-    assert plan.memory.peak < 22e9  # of 24 GiB = 25.8e9; the scorers' networks and the allocator take the rest
+    assert plan.memory.peak == pytest.approx(22.9e9, rel=0.05)
+    assert plan.memory.fits
+    assert not make_plan(large, 1, "auto", card=24 * 2**30).memory.fits  # type: ignore[union-attr]

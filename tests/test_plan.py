@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from ramctl.backbones import sd35_medium
 from ramctl.backbones.base import TextEmbeddings
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.cli._plan import render_plan, show_plan
@@ -24,7 +26,7 @@ from ramctl.engine.distributed import World
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import Trainer
 from ramctl.errors import ConfigError, MissingDependencyError, UsageError
-from ramctl.plan import Memory, Plan, make_plan
+from ramctl.plan import SCORERS, Memory, Plan, make_plan
 from ramctl.plan_memory import build_skeleton, tensor_bytes, trace_passes
 from ramctl.prompts import Prompt, read_prompts
 from ramctl.resources import resource_dir
@@ -199,24 +201,7 @@ def test_the_estimate_meets_a_measurement_of_stable_diffusion_3_5_medium(config:
     rank 32, batch 16, eager. Whether under autocast was not recorded; this estimate is, as training is by default
     (without, it is a fifth above the measurement)."""
     folder = tmp_path / "medium"
-    shutil.copytree(resource_dir("models") / "tinyworld", folder)
-    transformer = {
-        "_class_name": "SD3Transformer2DModel",
-        "attention_head_dim": 64,
-        "caption_projection_dim": 1536,
-        "dual_attention_layers": list(range(13)),
-        "in_channels": 16,
-        "joint_attention_dim": 4096,
-        "num_attention_heads": 24,
-        "num_layers": 24,
-        "out_channels": 16,
-        "patch_size": 2,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "qk_norm": "rms_norm",
-        "sample_size": 128,
-    }
-    (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
+    sd35_medium.write_configs(folder)
     settings = config(
         model__path=str(folder),
         model__resolution=512,
@@ -304,6 +289,40 @@ def test_memory_fits_where_all_processes_together_do() -> None:
     assert replace(memory, sharers=3, available=None).fits
 
 
+# -- a card that is asked about ---------------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+def test_a_card_sets_micro_batches_parking_and_what_is_there(config: MakeConfig) -> None:
+    settings = config(rollout__prompts_per_step=200, rollout__images_per_prompt=24)
+    plans = {size: make_plan(settings, 2, "auto", card=size * GIB) for size in (24, 80)}
+    small, large = (plan.memory for plan in plans.values())
+    assert small is not None and large is not None
+    assert {plan.device for plan in plans.values()} == {"cuda"}
+    # 16,384 image tokens a training pass on 80 GB, a quarter on 24 GB; four times that without gradients.
+    assert (plans[24].micro_batches.training, plans[24].micro_batches.sampling) == (256, 1024)
+    assert (plans[80].micro_batches.training, plans[80].micro_batches.sampling) == (1024, 2400)
+    assert small.resident["text encoders"] == 0 and large.resident["text encoders"] > 0
+    assert (small.available, small.sharers, small.card) == (24 * GIB, 1, True)
+
+
+def test_the_peak_decides_whether_a_run_fits_a_card(config: MakeConfig) -> None:
+    batches = {"rollout__micro_batch": 2, "train__micro_batch": 2, "train__sweep_micro_batch": 2}
+    settings = config(**batches, model__text_encoders="resident")
+    memory = make_plan(settings, 1, "cuda", card=GIB).memory
+    assert memory is not None
+    enough, less = (make_plan(settings, 1, "cuda", card=memory.peak - short) for short in (0, 1))
+    assert enough.memory is not None and enough.memory.fits and not any("memory:" in p for p in enough.problems)
+    assert less.memory is not None and not less.memory.fits
+    assert [p for p in less.problems if p.startswith("memory: the estimate is above what the card has")]
+
+
+def test_a_card_has_nothing_to_do_with_a_run_on_the_cpu(config: MakeConfig) -> None:
+    with pytest.raises(UsageError, match=r"--runtime\.device cuda"):
+        make_plan(config(), 1, "cpu", card=24 * GIB)
+
+
 # -- what is there and what is missing --------------------------------------------------------------------------------
 
 
@@ -367,10 +386,48 @@ def test_a_hub_id_would_be_downloaded_unless_the_hub_is_off(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     plan = make_plan(settings, 1, "cpu")
     assert model_source(plan)[0] == "download" and plan.problems == []
+    assert plan.memory is None  # nothing is known of that model
     assert "hf download no-such-owner/no-such-model" in model_source(plan)[1]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     status, detail = model_source(make_plan(settings, 1, "cpu"))
     assert status == "missing" and "HF_HUB_OFFLINE" in detail
+
+
+@pytest.fixture
+def not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No store and no hub cache, and an architecture of two layers a stack, which is quicker to plan."""
+    monkeypatch.setenv("RAMCTL_WEIGHTS", str(tmp_path / "store"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sd35_medium, "write_configs", functools.partial(sd35_medium.write_configs, layers=2))
+
+
+@pytest.mark.usefixtures("not_downloaded")
+@pytest.mark.parametrize("with_t5", [False, True])
+def test_the_gated_model_is_planned_from_its_known_architecture(config: MakeConfig, with_t5: bool) -> None:
+    plan = make_plan(config(model__path=sd35_medium.HUB_ID, model__use_t5=with_t5, model__resolution=128), 1, "cpu")
+    status, detail = model_source(plan)
+    assert status == "download" and "known architecture, not read from the model" in detail
+    assert "ramctl download-weights sd3.5-medium" in detail
+    assert plan.parameters is not None and plan.memory is not None and plan.disk is not None
+    assert plan.parameters.vae == 83_819_683  # the official autoencoder's
+    vocabularies = 49_408 * (768 + 1280) + with_t5 * 32_128 * 4096
+    assert plan.parameters.text_encoders > vocabularies
+
+
+@pytest.mark.usefixtures("not_downloaded")
+def test_a_model_fetched_in_part_is_planned_from_its_known_architecture(config: MakeConfig, tmp_path: Path) -> None:
+    begun = tmp_path / "store" / "sd3.5-medium" / "model_index.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    plan = make_plan(config(model__path=sd35_medium.HUB_ID, model__resolution=128), 1, "cpu")
+    status, detail = model_source(plan)
+    assert status == "missing" and "known architecture" in detail
+    assert plan.memory is not None
+
+
+def test_a_model_that_is_there_is_read(config: MakeConfig) -> None:
+    assert "known architecture" not in model_source(make_plan(config(), 1, "cpu"))[1]
 
 
 def test_what_does_not_fit_the_model_is_an_error(config: MakeConfig) -> None:
@@ -429,6 +486,39 @@ def test_a_plan_prints_results_for_scripts_and_tables_for_people(
     assert (found["model"], found["scorer.jpeg-compressibility"], found["problems"]) == ("found", "ready", "0")
     for words in ("Memory per process", "transformer parameters", "training prompts", "passes per process"):
         assert words in captured.err
+
+
+def rendered(plan: Plan, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, str], str]:
+    """RESULT lines, and the verdict: the last line for people."""
+    render_plan(plan)
+    captured = capsys.readouterr()
+    return results(captured.out), captured.err.splitlines()[-1]
+
+
+def test_the_verdict_is_the_last_line_and_a_result(config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(config(**NO_MODEL), 1, "cpu")
+    memory = Memory({SCORERS: 1}, {"embed": 20_000_000_000, "train": 22_500_000_000}, 24 * GIB, 1, card=True)
+    found, line = rendered(replace(plan, memory=memory, device="cuda"), capsys)
+    assert (found["fits"], found["peak_gb"], found["memory.free"]) == ("true", "22.5", str(24 * GIB))
+    assert "fits 24 GB" in line and "24 GiB = 25.77 GB" in line
+    assert "peak is 22.50 GB (train), 3.27 GB to spare" in line
+    found, line = rendered(replace(plan, memory=replace(memory, available=16 * GIB), device="cuda"), capsys)
+    assert found["fits"] == "false" and "does not fit 16 GB" in line and "5.32 GB too much" in line
+    found, line = rendered(replace(plan, memory=replace(memory, available=None, card=False)), capsys)
+    assert found["fits"] == "none" and "unknown here" in line
+    own = replace(memory, available=50_000_000_000, card=False, sharers=3)
+    found, line = rendered(replace(plan, memory=own), capsys)
+    assert found["fits"] == "false" and "50.00 GB free on this machine" in line and "3 processes" in line
+
+
+def test_what_is_not_counted_is_said(config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(config(**NO_MODEL), 1, "cpu")
+    memory = Memory({SCORERS: 1_985_000_000}, {"train": 2}, None, 1, uncounted=("ocr",))
+    render_plan(replace(plan, memory=memory))
+    captured = capsys.readouterr()
+    assert "of it scorers' weights" in captured.err and "1.99 GB" in captured.err
+    assert "Not counted: the weights of the scorer ocr; what the scorers' and the text encoders' passes" in captured.err
+    assert results(captured.out)["memory.scorers"] == "1985000000"
 
 
 def test_showing_a_plan_shows_the_resolved_settings_first(

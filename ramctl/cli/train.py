@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ramctl.cli._output import result, say
-from ramctl.errors import RamctlError
+from ramctl.errors import RamctlError, UsageError
 
 if TYPE_CHECKING:
     from ramctl.settings import Settings
@@ -23,7 +23,7 @@ _EPILOG = (
 
 
 #: the command's own options, for the suggestion after a typo.
-_OPTIONS = ("--config", "--output", "--fresh", "--dry-run", "--num-processes", "--help", "--debug")
+_OPTIONS = ("--config", "--output", "--fresh", "--dry-run", "--gpu-memory", "--num-processes", "--help", "--debug")
 
 
 def train(
@@ -38,16 +38,26 @@ def train(
         bool,
         typer.Option("--dry-run", help="Show settings, derived sizes, memory and weights; train nothing."),
     ] = False,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="With --dry-run: plan for a GPU of this many GB (as on the box: 24 is 24 GiB), on any machine.",
+            show_default=False,
+        ),
+    ] = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU processes).")] = 1,
 ) -> None:
     """Post-train a model. Running the same command again resumes from the newest checkpoint."""
     from ramctl.settings import load_settings, parse_overrides
 
+    if gpu_memory is not None and not dry_run:
+        raise UsageError("--gpu-memory only plans: give it with --dry-run. A run takes the GPU that is there.")
     settings = load_settings(preset, config_file=config, overrides=parse_overrides(context.args, _OPTIONS))
     if dry_run:
         from ramctl.cli._plan import show_plan
 
-        show_plan(settings, processes=num_processes)
+        show_plan(settings, processes=num_processes, gpu_memory=gpu_memory)
         return
     if num_processes > 1:
         from ramctl.launch import is_launched, launch

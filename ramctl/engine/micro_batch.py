@@ -21,25 +21,31 @@ _GPU_TOKENS, _ROOMY_GPU = 16_384, 75e9
 _CPU_TOKENS, _FEW_TOKENS = 4_096, 256
 
 
-def auto_micro_batch(latent_shape: tuple[int, int, int], device: torch.device, *, training: bool) -> int:
+def auto_micro_batch(
+    latent_shape: tuple[int, int, int], device: torch.device, *, training: bool, card: int | None = None
+) -> int:
     """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
 
     A no-gradient pass keeps no activations and on a GPU takes four times the pictures of a training pass. At 512 pixels
     on a GPU of 80 GB or more this gives 16 for training, on one of 24 GB 4. On a CPU pictures of 64 pixels are taken
     256 at a time, pictures of 512 pixels four at a time, and one for training.
+
+    ``card`` is the memory in bytes of a GPU that is planned for; None: that of the ``device`` itself.
     """
     tokens = max(1, latent_shape[1] * latent_shape[2] // 4)
     if device.type == "cuda":
-        budget = _tokens_on_gpu(device) * (1 if training else 4)
+        budget = _tokens_on_gpu(device, card) * (1 if training else 4)
     else:
         budget = _CPU_TOKENS // (4 if training and tokens > _FEW_TOKENS else 1)
     return max(1, budget // tokens)
 
 
-def _tokens_on_gpu(device: torch.device) -> int:
-    if not torch.cuda.is_available():
-        return _GPU_TOKENS
-    share = torch.cuda.get_device_properties(device).total_memory / _ROOMY_GPU
+def _tokens_on_gpu(device: torch.device, card: int | None) -> int:
+    if card is None:
+        if not torch.cuda.is_available():
+            return _GPU_TOKENS
+        card = torch.cuda.get_device_properties(device).total_memory
+    share = card / _ROOMY_GPU
     return _GPU_TOKENS if share >= 1 else int(_GPU_TOKENS * 2.0 ** math.floor(math.log2(share)))
 
 
