@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ramctl import launch as module
-from ramctl.launch import is_launched, launch
+from ramctl.errors import RamctlError
+from ramctl.launch import PARTNER_ENDED, is_launched, launch
 from ramctl.runfolder import TYPED_ARGUMENTS, resume_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +89,117 @@ def test_a_failure_of_another_process_is_shown_and_ends_the_first(
     assert capfd.readouterr().err == "Process 1 failed:\nOut of luck.\n"
 
 
+def lost_partner(rank: str) -> str:
+    """What a process does whose partner has ended."""
+    return f"if rank == {rank}: print('Another has ended.', file=sys.stderr); sys.exit({PARTNER_ENDED})\n"
+
+
+def test_the_process_that_the_first_one_lost_is_shown_with_its_code(
+    children: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Processes 0 and 1 fail sooner than 2, which they have lost: its log, not the first best, tells why."""
+    words = script(
+        children,
+        lost_partner("0") + lost_partner("1") + "time.sleep(0.4); print('Model file is gone.'); sys.exit(2)",
+    )
+    assert launch(words, 3) == 2
+    assert capfd.readouterr().err == "Another has ended.\nProcess 2 failed:\nModel file is gone.\n"
+
+
+def test_a_first_process_that_speaks_for_itself_is_enough_whatever_the_others_lost(
+    children: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = script(children, lost_partner("1") + "time.sleep(0.4); sys.exit('Disk full.')")
+    assert launch(words, 2) == 1
+    assert capfd.readouterr().err == "Disk full.\n"
+
+
+def test_lost_processes_without_a_culprit_fail_without_more_words(
+    children: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(script(children, lost_partner("rank")), 3) == 1
+    assert capfd.readouterr().err == "Another has ended.\n"
+
+
+def test_a_killed_process_is_the_cause_of_the_others_failures(
+    children: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = script(children, lost_partner("0") + "if rank == 1: time.sleep(60)\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert launch(words, 3) == 1
+    assert capfd.readouterr().err == "Another has ended.\nProcess 2 was killed by SIGKILL.\n"
+
+
+def test_of_failures_seen_at_once_a_kill_comes_first() -> None:
+    running: Any = [SimpleNamespace(poll=lambda code=code: code) for code in (PARTNER_ENDED, 1, -9)]
+    assert module._failures(running) == {2: -9, 0: PARTNER_ENDED, 1: 1}
+    assert next(iter(module._failures(running))) == 2
+
+
+def test_a_process_that_fails_without_a_word_is_still_named(children: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(script(children, "if rank: os._exit(1)\ntime.sleep(60)"), 2) == 1
+    assert capfd.readouterr().err == "Process 1 failed without a message.\n"
+
+
+def assert_ended(folder: Path, rank: int) -> None:
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / f"up-{rank}").read_text()), 0)
+
+
+def wait_for(*files: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(file.is_file() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+UP = "open(f'up-{rank}', 'w').write(str(os.getpid()))\ntime.sleep(120)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_processes_are_started_ends_those_that_were(
+    children: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The signal comes inside of Popen, when the second process is there and nobody but Popen knows of it."""
+    real = subprocess.Popen
+
+    def popen(*args: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+        process = real(*args, **keywords)
+        rank = keywords["env"]["RANK"]
+        wait_for(children / f"up-{rank}")
+        if rank == "1":
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 0.5)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert launch(script(children, UP), 3) == 130
+    assert not (children / "up-2").exists()
+    for rank in (0, 1):
+        assert_ended(children, rank)
+    if number == signal.SIGTERM:  # the rest of that SIGTERM finds nothing left to do
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.signal(signal.SIGTERM, before[0])
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_process_that_cannot_be_started_ends_those_that_were(children: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+
+    def popen(*args: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+        if keywords["env"]["RANK"] == "1":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        process = real(*args, **keywords)
+        wait_for(children / "up-0")
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(RamctlError, match=r"^Process 1 could not be started: .*unavailable.*--num-processes\.$"):
+        launch(script(children, UP), 2)
+    assert_ended(children, 0)
+
+
 def test_a_killed_process_is_named_with_its_signal(children: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = script(children, "if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
     assert launch(words, 2) == 1
@@ -94,7 +208,7 @@ def test_a_killed_process_is_named_with_its_signal(children: Path, capfd: pytest
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launching_process_ends_all(children: Path, number: signal.Signals) -> None:
-    words = script(children, "open(f'up-{rank}', 'w').write(str(os.getpid()))\ntime.sleep(120)")
+    words = script(children, UP)
     code = (
         f"import sys; sys.path.remove({str(children)!r}); sys.path.insert(0, {str(ROOT)!r})\n"
         "from ramctl import launch\n"
@@ -102,18 +216,14 @@ def test_a_signal_to_the_launching_process_ends_all(children: Path, number: sign
         f"sys.exit(launch.launch({words!r}, 2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not all((children / f"up-{rank}").is_file() and (children / f"up-{rank}").read_text() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(children / "up-0", children / "up-1")
     parent.send_signal(number)
     if number == signal.SIGTERM:  # as `timeout` does, which signals the process and then its group
         time.sleep(0.2)
         parent.send_signal(number)
     assert parent.wait(timeout=60) == 130
     for rank in (0, 1):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((children / f"up-{rank}").read_text()), 0)
+        assert_ended(children, rank)
 
 
 def test_the_command_that_resumes_is_the_one_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +290,35 @@ def test_a_real_mistake_in_two_processes_is_told_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("nowhere.jsonl does not exist") == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+_LOSING = """
+import sys
+from ramctl.cli import _errors
+from ramctl.engine.distributed import connect
+from ramctl.errors import ScorerError
+world, _ = connect("cpu")
+world.barrier()
+try:
+    if world.rank:
+        raise ScorerError("The model file is gone.")
+    world.gather(0)
+except Exception as error:
+    code = _errors.report(error, debug=False)
+import os
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_the_error_behind_a_broken_connection_is_told(
+    children: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real connections: the first process only knows that its partner is gone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # The stand-in for the package's __main__ must not stand in the package's way.
+    head = f"sys.modules.pop('ramctl'); sys.path[:] = [{str(ROOT)!r}] + [p for p in sys.path if p != {str(children)!r}]"
+    assert launch(script(children, head + _LOSING), 2) == 1
+    told = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]  # torch's own log
+    assert told == ["Another process of this run has ended.", "Process 1 failed:", "The model file is gone."]

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from ramctl.cli._output import say
 from ramctl.errors import RamctlError
+from ramctl.launch import PARTNER_ENDED
 
 INTERRUPTED = 130
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -18,13 +19,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 # Writers in compiled code (safetensors, torch, SQLite) raise their own types around the system's words.
 _FULL_WORDS = ("no space left on device", "disk quota exceeded", "database or disk is full")
+# torch.distributed has no type of its own for a partner that is gone: gloo raises RuntimeError, NCCL and the store
+# types that stand for other failures, too.
+_GONE_WORDS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was likely closed",
+    "broken pipe",
+    "remote process exit",
+)
 
 
 def report(error: BaseException, *, debug: bool) -> int:
     """Say on standard error what went wrong; returns the exit code.
 
-    130 for an interrupt, the error's own code for a :class:`~ramctl.errors.RamctlError`, else 1. A closed
-    pipe is silent: whoever read our output has seen enough.
+    130 for an interrupt, the error's own code for a :class:`~ramctl.errors.RamctlError`, PARTNER_ENDED in a process
+    that lost another one of its run, else 1. A closed pipe is silent: whoever read our output has seen enough.
     """
     if isinstance(error, BrokenPipeError):
         return 1
@@ -36,6 +46,9 @@ def report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, RamctlError):
         say(str(error))
         return error.exit_code
+    if any(_is_partner_gone(cause) for cause in _chain(error)):
+        say("Another process of this run has ended.")
+        return PARTNER_ENDED
     known = _system_failure(error)
     say(known or _bug(error, debug=debug))
     return 1
@@ -87,6 +100,12 @@ def _system_failure(error: BaseException) -> str | None:
         if type(cause).__name__ == "OutOfMemoryError":
             return "The GPU ran out of memory. Free it of other programs, or ask for less at once."
     return None
+
+
+def _is_partner_gone(error: BaseException) -> bool:
+    words = str(error).lower()
+    joined = type(error).__module__ == "torch.distributed" or "gloo" in words
+    return isinstance(error, RuntimeError) and joined and any(phrase in words for phrase in _GONE_WORDS)
 
 
 def _os_sentence(error: OSError) -> str | None:

@@ -6,6 +6,7 @@ global order whatever the number of processes. Gradients are summed once per upd
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,11 +76,16 @@ class World:
 def connect(device: str) -> tuple[World, torch.device]:
     """Join the processes started by accelerate or torchrun (their environment variables tell), or run alone.
 
+    Several processes on one machine share its cores: without OMP_NUM_THREADS each takes its part for torch.
+
     Args:
         device: "auto", "cpu" or "cuda".
 
     Returns:
         this process' place, and its device.
+
+    Raises:
+        ConfigError: there is no GPU, or fewer of them on this machine than processes.
     """
     from accelerate import PartialState
 
@@ -88,6 +94,29 @@ def connect(device: str) -> tuple[World, torch.device]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('runtime.device is "cuda", but torch sees no CUDA device here. Use --device cpu or auto.')
     use_cpu = device == "cpu" or not torch.cuda.is_available()
+    # Without LOCAL_WORLD_SIZE nobody knows: a scheduler may show each process of a machine another GPU only.
+    local, gpus = _count("LOCAL_WORLD_SIZE"), 0 if use_cpu else torch.cuda.device_count()
+    if not use_cpu and local > gpus:
+        raise ConfigError(
+            f"{local} processes on this machine need a GPU each, but torch sees {gpus} here. "
+            f"Use --num-processes {gpus} or --device cpu."
+        )
+    _share_cores(local or _count("WORLD_SIZE"))
     state = PartialState(cpu=use_cpu)
     place = torch.device("cpu") if use_cpu else state.device
     return World(state.process_index, state.num_processes, place), place
+
+
+def _count(variable: str) -> int:
+    return int(os.environ.get(variable) or 0)
+
+
+def _share_cores(processes: int) -> None:
+    """Take this process' part of the machine's cores; OMP_NUM_THREADS, which is per process, goes before.
+
+    The variable is set as well: accelerate would otherwise count again, in its own way, and warn of it.
+    """
+    if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        threads = max(1, torch.get_num_threads() // processes)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)

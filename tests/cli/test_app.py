@@ -14,6 +14,7 @@ import typer
 
 from ramctl import __version__, errors
 from ramctl.cli import _errors, _output, app
+from ramctl.launch import PARTNER_ENDED
 
 HEAVY = ("torch", "transformers", "diffusers", "peft", "mlflow", "cv2", "matplotlib", "scipy", "onnxruntime")
 
@@ -243,6 +244,46 @@ def test_failures_of_the_machine_are_plain_sentences(
     assert text.startswith(words)
     assert len(text.splitlines()) == 1
     assert "bug" not in text
+
+
+def distributed(name: str, words: str) -> RuntimeError:
+    """As torch.distributed's own types are."""
+    error: RuntimeError = type(name, (RuntimeError,), {"__module__": "torch.distributed"})(words)
+    return error
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:2966. This is typically caused by …"),
+        RuntimeError(f"{GLOO}Read error [127.0.0.1]:9646: Connection reset by peer. This is …"),
+        distributed("DistNetworkError", "Failed to recv, got 0 bytes. Connection was likely closed. Did the …"),
+        distributed(
+            "DistBackendError",
+            "NCCL error …\nncclRemoteError: A call failed possibly due to a network error "
+            "or a remote process exiting prematurely.",
+        ),
+    ],
+)
+def test_a_lost_partner_has_its_own_words_and_code(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _errors.report(error, debug=False) == PARTNER_ENDED
+    assert capsys.readouterr().err == "Another process of this run has ended.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Connection reset by peer"),  # a download's
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        distributed("DistBackendError", "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"),
+    ],
+)
+def test_other_broken_connections_are_no_lost_partner(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _errors.report(error, debug=False) == 1
+    assert "Another process" not in capsys.readouterr().err
 
 
 def test_other_system_errors_are_bugs(capsys: pytest.CaptureFixture[str]) -> None:
