@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 MicroBatch = Annotated[int, Field(ge=0)]
@@ -83,8 +84,14 @@ class RewardTerm(Section):
     """One scorer of the reward."""
 
     weight: float = Field(default=1.0, description="Factor of this scorer in the reward")
+    output: str = Field(
+        default="value",
+        description="Which of the scorer's numbers is rewarded: value (partial credit, where there is such), strict "
+        "(1 for a right picture, else 0), or one of its details by name",
+    )
+    offset: float = Field(default=0.0, description="Subtracted from that number: weight · (output − offset) / scale")
     scale: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="The scorer's value is divided by this before weighting"
+        default=1.0, description="That number, less the offset, is divided by this before weighting"
     )
     options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="Options of the scorer")
 
@@ -92,7 +99,7 @@ class RewardTerm(Section):
 class RewardSection(Section):
     """What is rewarded: a weighted sum of scorers."""
 
-    scorers: dict[str, RewardTerm] = Field(description="Scorer name → weight, scale, options")
+    scorers: dict[str, RewardTerm] = Field(description="Scorer name → weight, output, offset, scale, options")
     max_failed_share: Share = Field(
         default=0.1, description="Stop when a larger share of a step's pictures cannot be scored"
     )
@@ -152,6 +159,11 @@ class RamSection(Section):
     time_power: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Noise times are drawn from p(t) ∝ t^time_power"
     )
+    time_grid: Literal["continuous", "shifted", "sampler"] = Field(
+        default="continuous",
+        description="Draw noise times from all of [0, 1], from the model's 1,000 shifted training times, or from the "
+        "rollout sampler's own steps; p(t) weighs them",
+    )
     stratify_times: bool = Field(default=False, description="Spread the K times of a picture over K quantiles of p(t)")
     min_time: Annotated[float, Field(ge=0, lt=1)] = Field(default=1e-3, description="Smallest noise time")
     max_time: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Largest noise time")
@@ -164,7 +176,10 @@ class RamSection(Section):
     )
     old_ema_decay: Decay = Field(default=0.9, description="Largest decay of the old weights")
     old_ema_warmup: Annotated[float, Field(ge=0)] = Field(
-        default=0.01, description="The old weights' decay at step k is min(warmup·k, old_ema_decay)"
+        default=0.01, description="The old weights' decay at step k is min(warmup·(k + offset), old_ema_decay)"
+    )
+    old_ema_offset: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Offset of k there; with 0 the first step copies the trained weights whole"
     )
     path_cost: bool = Field(
         default=False, description="Use the path-cost-corrected target (removes RAM's bias, 7/5 of the cost)"
@@ -206,7 +221,7 @@ class TrainSection(Section):
     """How long, and from which seed."""
 
     steps: Positive = Field(default=500, description="Steps: rollout, score, regress, update")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of prompts, noise and times")
+    seed: Seed = Field(default=0, description="Seed of prompts, noise and times")
     micro_batch: MicroBatch = Field(default=0, description="Items per gradient pass and process; 0 chooses")
     sweep_micro_batch: MicroBatch = Field(default=0, description="Items per no-gradient pass and process; 0 chooses")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time")
@@ -222,14 +237,16 @@ class EvaluationSection(Section):
         default=50, description="Steps between evaluations; 0 evaluates at start and end only"
     )
     prompts: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Held-out prompts used, spread over the tags; 0 takes all"
+        default=0,
+        description="Held-out prompts of the checks during training, spread over the tags; 0 takes all, as "
+        "`ramctl evaluate` does",
     )
     images_per_prompt: Positive = Field(default=1, description="Pictures per held-out prompt")
     sampling_steps: Positive = Field(default=40, description="Steps of the sampler")
     sampler: Literal["euler", "dpm2m"] = Field(default="euler", description="Solver, as rollout.sampler")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(default=4.5, description="Classifier-free guidance")
     negative_prompt: str = Field(default="", description="Negative prompt of the guided pass")
-    seed: Annotated[int, Field(ge=0)] = Field(default=1234, description="Seed of the evaluation's noise")
+    seed: Seed = Field(default=1234, description="Seed of the evaluation's noise")
     ema_decay: Decay = Field(default=0.9, description="Decay of the evaluation weights' EMA")
     ema_warmup: bool = Field(default=False, description="Use min(ema_decay, (1+k)/(10+k)) instead of a constant decay")
     picture_prompts: Positive = Field(default=8, description="Fixed prompts shown in grids and in the report")
@@ -288,6 +305,15 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
     runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _computable(self) -> Config:
+        if not self.lora.rank and self.model.dtype == "bfloat16" and self.runtime.precision == "float32":
+            raise ValueError(
+                "lora.rank = 0 trains float32 weights, which cannot read a bfloat16 model's embeddings without "
+                "autocast; set runtime.precision = bfloat16 or model.dtype = float32"
+            )
+        return self
 
     @property
     def images_per_step(self) -> int:

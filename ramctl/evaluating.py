@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,7 @@ from ramctl.sampling import (
     write_hashes,
 )
 from ramctl.scorers.base import ImageScore, Scorer, Scores
+from ramctl.scorers.composite import check_output
 from ramctl.scorers.folder import score_rows
 from ramctl.scoring import (
     ScoredImages,
@@ -87,8 +88,8 @@ BASE_NETWORK: Network = "base"
 class Plan:
     """What is drawn and how it is judged, before any model is loaded.
 
-    ``prompts`` are those used of ``file``; ``terms`` give scorer → weight, scale and options; ``is_reward``: their
-    weighted sum means something.
+    ``prompts`` are those used of ``file``; ``terms`` give scorer → weight, output, options and so on; ``is_reward``:
+    their weighted sum means something.
     """
 
     file: Path
@@ -107,6 +108,14 @@ class Plan:
     def file_hash(self) -> str:
         """SHA-256 of the prompt file."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def notes(self) -> list[str]:
+        """Where it falls short of a benchmark's own protocol."""
+        geneval = self.terms.get("geneval")
+        if geneval is None or geneval.options.get("detector") != "mask2former":
+            return []  # other detectors' numbers are not GenEval's anyway
+        count = self.settings.images_per_prompt
+        return [] if count >= 4 else [f"GenEval's protocol is four pictures per prompt: -n 4 (now {count})"]
 
     def pictures(self) -> list[Picture]:
         """All pictures; their noise is that of the evaluations during training."""
@@ -140,7 +149,7 @@ class Request:
         source: as :func:`ramctl.sources.find_source` takes it; with ``is_model`` it must be a base model.
         compare: another source, or ``"base"`` for the checkpoint's own base model.
         rewards, options: scorers and what they are made with.
-        limit: prompts used, spread over the tags; 0 for all.
+        limit: prompts used, spread over the tags; 0 for all, whatever the config takes during training.
         settings: fields of :class:`~ramctl.sampling.DrawSettings`.
         output: the evaluation's folder; by default ``evaluations/<label>`` beside the checkpoint, and
             ``outputs/evaluations/<label>`` for a base model.
@@ -155,7 +164,7 @@ class Request:
     prompts: Path | None = None
     rewards: Sequence[str] = ()
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    limit: int | None = None
+    limit: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     output: Path | None = None
     weights: str = "evaluation"
@@ -167,14 +176,17 @@ class Request:
     drawbench_prompts: Path | None = None
 
 
-def evaluate(request: Request, progress: Progress | None = None) -> Report:
+def evaluate(request: Request, progress: Progress | None = None, note: Callable[[str], None] | None = None) -> Report:
     """Draw, score and write what the request says; called by every process alike where there are several.
+
+    ``note`` is told, once and before anything is drawn, where the plan falls short of a benchmark's protocol.
 
     Raises:
         UsageError: settings that make no sense, or no prompts or scorers to be had.
         DataError: a prompt lacks what a scorer needs; ``output`` holds something else.
         ScorerError: a scorer fails its self-test, or could score no picture.
-        CheckpointError, MissingDependencyError, ConfigError: a source cannot be loaded.
+        CheckpointError, MissingDependencyError, ConfigError: a source cannot be loaded; ConfigError also where a
+            scorer does not report the output that the config rewards.
     """
     preset = _preset(request.preset)
     found = find_source(request.source, preset=preset, base=request.base)
@@ -191,9 +203,10 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
             if lacks:
                 raise MissingDependencyError(lacks[0])
     world, _ = connect(request.device)
-    _share_cores(world)
-    if request.self_test and world.is_main:
-        run_self_tests(list({id(scorer): scorer for chosen in scorers for scorer in chosen}.values()))
+    if note is not None and world.is_main:
+        for line in (line for plan in plans for line in plan.notes()):
+            note(line)
+    _try_out(plans, scorers, self_test=request.self_test and world.is_main)
     model = open_source(found, device=request.device, precision=request.precision, which=request.weights)
     second, network = model, BASE_NETWORK
     if other is not None:
@@ -221,6 +234,15 @@ def _make_scorers(plans: Sequence[Plan]) -> list[list[Scorer]]:
         made.update({keys[scorer.name]: scorer for scorer in make_scorers(list(new), new)})
         chosen.append([made[key] for key in keys.values()])
     return chosen
+
+
+def _try_out(plans: Sequence[Plan], scorers: Sequence[Sequence[Scorer]], *, self_test: bool) -> None:
+    """Let each scorer judge known pictures, where wanted, and show that it reports what its plan rewards."""
+    if self_test:
+        run_self_tests(list({id(scorer): scorer for chosen in scorers for scorer in chosen}.values()))
+    for plan, chosen in zip(plans, scorers, strict=True):
+        for scorer in chosen:
+            check_output(scorer, plan.terms[scorer.name].output, plan.prompts[0])
 
 
 def _one_plan(
@@ -277,7 +299,7 @@ def make_plan(request: Request, config: Config | None) -> Plan:
             terms[name] = term.model_copy(update={"options": {**term.options, **options}})
     section = config.evaluation if config is not None else EvaluationSection()
     file = find_resource(given)
-    return _plan(request, section, file, read_prompts(file), section.prompts, terms)
+    return _plan(request, section, file, read_prompts(file), terms)
 
 
 def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
@@ -291,7 +313,7 @@ def _drawbench_plan(request: Request, config: Config | None) -> list[Plan]:
     section = config.evaluation if config is not None else EvaluationSection()
     terms = {name: RewardTerm(options=dict(request.options.get(name, {}))) for name in request.drawbench_metrics}
     file = drawbench_file(request.drawbench_prompts)
-    plan = _plan(request, section, file, read_drawbench(file), 0, terms)
+    plan = _plan(request, section, file, read_drawbench(file), terms)
     return [replace(plan, is_reward=len(terms) == 1)]
 
 
@@ -300,10 +322,9 @@ def _plan(
     section: EvaluationSection,
     file: Path,
     prompts: Sequence[Prompt],
-    limit: int,
     terms: Mapping[str, RewardTerm],
 ) -> Plan:
-    limit = limit if request.limit is None else request.limit
+    limit = request.limit
     if limit < 0:
         raise UsageError(f"limit must be 0 (all prompts) or more, got {limit}.")
     chosen = spread_by_tag(prompts, limit) if limit else prompts
@@ -488,13 +509,6 @@ def _find_other(request: Request, found: Source, preset: Config | None) -> Sourc
     if request.compare == BASE and found.checkpoint is None:
         raise UsageError(f"{found.label} is a base model itself; compare it with another source.")
     return None
-
-
-def _share_cores(world: World) -> None:
-    import torch
-
-    if world.size > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world.size))
 
 
 def _default_folder(model: OpenModel, network: Network) -> Path:

@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from ramctl.config import RewardTerm
 from ramctl.engine.metrics import Column, interval, paired_interval
 from ramctl.evaluation_intervals import macro_interval, paired_macro_interval
+from ramctl.scorers import composite
 from ramctl.scorers.base import Floats, Scores
 from ramctl.scoring import ScoredImages, Summary, mean, number, result_items, summary_json
 
 #: (mean, low, high): 95 % bootstrap over prompts.
 Interval = tuple[float, float, float]
 Intervals = Mapping[str, Interval]
-
-#: From this many pictures on, one and the same value for all of them is worth a word.
-_SUSPICIOUS_FROM = 8
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,7 @@ class Evaluated:
         if self.changed:
             shown = ", ".join(self.changed[:3]) + (", …" if len(self.changed) > 3 else "")
             notes.append(f"{len(self.changed)} pictures were not as they had been drawn, and were drawn again: {shown}")
-        for name, scores in self.scored.scores.items():
-            good = scores.value[~scores.failed]
-            if len(good) >= _SUSPICIOUS_FROM and (good == good[0]).all():
-                notes.append(
-                    f"{name} gave all {len(good)} pictures the same value, {good[0]:g}: it measures nothing here"
-                )
-        return notes
+        return [*notes, *self.scored.notes()]
 
 
 @dataclass(frozen=True)
@@ -170,22 +162,8 @@ def _shares(columns: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def combine(scores: Mapping[str, Scores], terms: Mapping[str, RewardTerm]) -> Scores:
-    """The training reward of pictures scored one scorer at a time: Σ weight · value / scale, strict of the first.
-
-    A picture that any scorer failed on is failed.
-    """
-    parts = list(scores.values())
-    value: Floats = np.zeros(len(parts[0]), dtype=np.float32)
-    for name, part in scores.items():
-        value = value + np.float32(terms[name].weight / terms[name].scale) * part.value
-    return Scores(
-        value=value,
-        strict=next((part.strict for part in parts if part.strict is not None), None),
-        details={},
-        records=[{} for _ in value],
-        failed=np.logical_or.reduce([part.failed for part in parts]),
-        errors=[next((e for e in each if e), None) for each in zip(*(p.errors for p in parts), strict=True)],
-    )
+    """The training reward of pictures scored one scorer at a time, as :func:`ramctl.scorers.composite.combine`."""
+    return composite.combine([(name, terms[name], part) for name, part in scores.items()])
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

@@ -13,13 +13,15 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ramctl.config import Config
-from ramctl.engine.checkpoint import CONFIG_FILE, write_atomically
+from ramctl.engine.checkpoint import CONFIG_FILE, STATE_FILE, write_atomically
 from ramctl.errors import CheckpointError, ConfigError, RunFolderError
+from ramctl.hashing import file_sha256
+from ramctl.resources import find_resource
 from ramctl.settings import Settings, config_differences, load_settings, settings_toml
 
 #: Environment variable in which a launching process tells its children what the user typed.
@@ -28,6 +30,9 @@ TYPED_ARGUMENTS = "RAMCTL_TYPED_ARGUMENTS"
 #: Keys that may change between a run and its resumption: they do not change the experiment.
 FREE_TO_CHANGE = (
     "description",
+    "model.text_encoders",
+    "reward.self_test",
+    "reward.max_failed_share",
     "train.steps",
     "train.micro_batch",
     "train.sweep_micro_batch",
@@ -40,7 +45,14 @@ FREE_TO_CHANGE = (
     "tracking.",
     "runtime.device",
     "runtime.threads",
+    "runtime.compile",
 )
+
+#: Key of a checkpoint's state under which the hashes of the prompt files are kept.
+PROMPT_HASHES = "prompts_sha256"
+
+# What flock answers where another process holds the lock; anything else is about the file system.
+_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
 def numbered(folder: Path) -> Path:
@@ -70,6 +82,16 @@ def resume_command(folder: Path) -> str:
     return shlex.join(["ramctl", *kept, "--output", str(folder)])
 
 
+def prompt_hashes(config: Config) -> dict[str, str]:
+    """SHA-256 of the prompt files' bytes by the key that names them (``prompts.train``, ``prompts.evaluation``)."""
+    return {key: file_sha256(find_resource(path)) for key, path in _prompt_files(config).items()}
+
+
+def _prompt_files(config: Config) -> dict[str, str]:
+    named = {"prompts.train": config.prompts.train, "prompts.evaluation": config.prompts.evaluation}
+    return {key: path for key, path in named.items() if path is not None}
+
+
 class RunFolder:
     """One run's folder."""
 
@@ -77,8 +99,8 @@ class RunFolder:
         self.path = path
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process.
+    def locked(self, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Hold the folder for this process; on a file system without locks only ``warn`` is told.
 
         Raises:
             RunFolderError: another process holds it (it is named), or the folder cannot be written.
@@ -94,12 +116,18 @@ class RunFolder:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise RunFolderError(
-                    f"Run folder {self.path} is in use by {lock.read().strip() or 'another process'}. "
-                    "Wait for it to end, stop it, or choose another folder with --output."
-                ) from None
+            except OSError as error:
+                if error.errno in _HELD:
+                    lock.seek(0)
+                    raise RunFolderError(
+                        f"Run folder {self.path} is in use by {lock.read().strip() or 'another process'}. "
+                        "Wait for it to end, stop it, or choose another folder with --output."
+                    ) from None
+                if warn is not None:
+                    warn(
+                        f"The file system of {self.path} has no locks ({os.strerror(error.errno or errno.EIO)}): "
+                        "start no second run in this folder."
+                    )
             lock.seek(0)
             lock.truncate()
             lock.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})\n")
@@ -129,13 +157,16 @@ class RunFolder:
             )
 
     def check_same_experiment(self, checkpoint: Path, settings: Settings) -> None:
-        """Refuse to resume with settings that would make it another experiment.
+        """Refuse to resume with settings or prompts that would make it another experiment.
+
+        Checkpoints of runs that kept no hashes of their prompt files are not compared in that.
 
         Raises:
             ConfigError: the keys that differ are listed.
         """
         saved = load_settings(str(checkpoint / CONFIG_FILE)).config
         changes = [line for line in config_differences(saved, settings.config) if not line.startswith(FREE_TO_CHANGE)]
+        changes += _changed_prompts(checkpoint, settings.config, changes)
         if changes:
             shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
             raise ConfigError(
@@ -156,6 +187,12 @@ class RunFolder:
         with (self.path / file_name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n")
 
+    def put(self, file_name: str, row: Mapping[str, Any]) -> None:
+        """Set the row of its ``step`` in a JSONL file of the run: in place of an earlier one, in the order of steps."""
+        others = [other for other in self.rows(file_name) if other["step"] != row["step"]]
+        kept = sorted([*others, {k: _jsonable(v) for k, v in row.items()}], key=lambda one: float(one["step"]))
+        write_atomically(self.path / file_name, "".join(json.dumps(one) + "\n" for one in kept))
+
     def rows(self, file_name: str) -> list[dict[str, Any]]:
         """All rows of a JSONL file; a half-written last line (a killed process) is left out."""
         path = self.path / file_name
@@ -172,6 +209,17 @@ class RunFolder:
             kept = [row for row in rows if row["step"] <= step]
             if (self.path / file_name).is_file():
                 write_atomically(self.path / file_name, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _changed_prompts(checkpoint: Path, config: Config, changes: list[str]) -> list[str]:
+    """Prompt files with other content than at ``checkpoint``, one line each; not where the file itself is another."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    before, now = state.get(PROMPT_HASHES, {}), prompt_hashes(config)
+    return [
+        f"{key}: the content of {path} (SHA-256 {before[key][:12]}… → {now[key][:12]}…)"
+        for key, path in _prompt_files(config).items()
+        if before.get(key, now[key]) != now[key] and not any(line.startswith(f"{key}:") for line in changes)
+    ]
 
 
 def _jsonable(value: Any) -> Any:

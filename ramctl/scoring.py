@@ -27,6 +27,9 @@ from ramctl.scorers.registry import available, create
 #: phase, pictures done, pictures in all.
 Progress = Callable[[str, int, int], None]
 
+#: From this many pictures on, one and the same value for all of them is worth a word.
+_SUSPICIOUS_FROM = 8
+
 
 @dataclass(frozen=True)
 class TagSummary:
@@ -76,6 +79,17 @@ class ScoredImages:
             for row, reason in zip(self.rows, scores.errors, strict=True)
             if reason is not None
         ]
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know: the scorers that gave all pictures one and the same value."""
+        notes = []
+        for name, scores in self.scores.items():
+            good = scores.value[~scores.failed]
+            if len(good) >= _SUSPICIOUS_FROM and (good == good[0]).all():
+                notes.append(
+                    f"{name} gave all {len(good)} pictures the same value, {good[0]:g}: it measures nothing here"
+                )
+        return notes
 
     def without_result(self) -> list[str]:
         """The scorers that could score no picture at all."""

@@ -254,9 +254,11 @@ class _Layers:
 
     def _rule_broken(self, path: config_keys.Path, text: str) -> str:
         """A rule between keys: the message, and the sources of the keys it names."""
-        named = [leaf.path for leaf in config_keys.keys_below(path) if leaf.path[-1] in text]
-        sources = "; ".join(f"{item[-1]}: {self.sources.get(item, DEFAULT)}" for item in named)
-        return f"[{dotted(path)}] {text} ({sources or self._source(path)})."
+        # A rule of one table names its keys, a rule of several tables names them in full.
+        names = {leaf.path: leaf.path[-1] if path else dotted(leaf.path) for leaf in config_keys.keys_below(path)}
+        named = {item: name for item, name in names.items() if name in text}
+        sources = "; ".join(f"{name}: {self.sources.get(item, DEFAULT)}" for item, name in named.items())
+        return f"{f'[{dotted(path)}] ' if path else ''}{text} ({sources or self._source(path)})."
 
     def _existing(self, location: config_keys.Path) -> config_keys.Path:
         """The part of pydantic's location that is a key: no item numbers, no names of a union's arms."""

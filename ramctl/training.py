@@ -6,7 +6,7 @@ import platform
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from ramctl.observer import Observer, SilentObserver
 from ramctl.prompts import Prompt, read_prompts, spread_by_tag
 from ramctl.report import Comparison, ConfigRow, Report, write_report
 from ramctl.resources import find_resource
-from ramctl.runfolder import RunFolder, numbered, require_checkpoint, resume_command
+from ramctl.runfolder import PROMPT_HASHES, RunFolder, numbered, prompt_hashes, require_checkpoint, resume_command
 from ramctl.scorers.composite import Reward, Term
 from ramctl.scorers.registry import create
 from ramctl.settings import Settings
@@ -60,7 +60,7 @@ def make_reward(config: Config) -> Reward:
     """The preset's scorers with their weights (nothing is loaded yet)."""
     return Reward(
         [
-            Term(create(name, dict(term.options)), term.weight, term.scale)
+            Term(create(name, dict(term.options)), term.weight, term.scale, term.output, term.offset)
             for name, term in config.reward.scorers.items()
         ]
     )
@@ -123,7 +123,7 @@ def train(
     folder = output or Path("outputs") / config.name
     path = world.broadcast(str(numbered(folder) if fresh else folder))
     run_folder = RunFolder(Path(path))
-    with _terminated_like_interrupt(), _main_lock(run_folder, world, config):
+    with _terminated_like_interrupt(), _main_lock(run_folder, world, config, told):
         run = Run(settings, run_folder, world, device, told)
         outcome = run.go()
     # Only after a good end: a process that waits here for one that failed would wait for long.
@@ -132,14 +132,14 @@ def train(
 
 
 @contextmanager
-def _main_lock(folder: RunFolder, world: World, config: Config) -> Iterator[None]:
+def _main_lock(folder: RunFolder, world: World, config: Config, observer: Observer) -> Iterator[None]:
     """The main process holds the lock; the others wait until it has it, and stop when it does not get it."""
     with ExitStack() as stack:
         problem: str | None = None
         refusal: RamctlError | None = None
         if world.is_main:
             try:
-                stack.enter_context(folder.locked())
+                stack.enter_context(folder.locked(observer.note))
                 folder.check_owner(config)
             except RamctlError as error:
                 problem, refusal = str(error), error
@@ -167,6 +167,8 @@ class Run:
         self.best_value = -np.inf
         self.constant: set[str] = set()
         self.config_text = ""
+        self.prompt_hashes: dict[str, str] = {}
+        self.report_failed = False
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
@@ -181,6 +183,7 @@ class Run:
             )
         train_prompts = read_prompts(find_resource(config.prompts.train))
         held_out = self._held_out()
+        self.prompt_hashes = prompt_hashes(config)
         reward = make_reward(config)
         _check_prompts(reward, config.prompts.train, train_prompts)
         _check_prompts(reward, config.prompts.evaluation or "", held_out)
@@ -205,7 +208,7 @@ class Run:
         self.evaluator = HeldOut(config, backbone, policy, held_out, reward, self.world, self.folder, self.observer)
         self._start_tracking(str(extra.get("run_id", "")), reward)
         try:
-            outcome = self._loop()
+            outcome = self._loop(extra)
         except KeyboardInterrupt:
             with suppress(Exception):
                 self._finish("killed", "interrupted")
@@ -218,9 +221,8 @@ class Run:
         return outcome
 
     def _set_threads(self) -> None:
-        threads = self.config.runtime.threads or max(1, torch.get_num_threads() // self.world.size)
-        if self.device.type == "cpu":
-            torch.set_num_threads(threads)
+        if self.config.runtime.threads and self.device.type == "cpu":  # else connect() has shared the cores
+            torch.set_num_threads(self.config.runtime.threads)
 
     def _held_out(self) -> list[Prompt]:
         config = self.config
@@ -275,22 +277,39 @@ class Run:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> Outcome:
+    def _loop(self, resumed: Mapping[str, Any]) -> Outcome:
+        """Step, save, evaluate, to the end; ``resumed`` is what the checkpoint knows besides tensors, if there is one.
+
+        A checkpoint is saved before its evaluation: whatever goes wrong there must not cost the step's weights.
+        """
         config, trainer = self.config, self.trainer
         self.observer.started(trainer.step_index, config.train.steps, self.folder.path)
         if not self.evaluator.done_at(0):
-            self._evaluate("reference")
-        while trainer.step_index < config.train.steps:
+            self._evaluate("reference", 0)
+        reason = self._make_up_for(resumed)
+        while reason is None and trainer.step_index < config.train.steps:
             result = trainer.step()
             reason = self._record(result)
             last = trainer.step_index >= config.train.steps or reason is not None
             every = config.evaluation.every
-            value = self._evaluate("evaluation") if last or (every and trainer.step_index % every == 0) else None
-            if last or value is not None or trainer.step_index % config.checkpoint.every == 0:
-                self._save(value, diverged=reason is not None)
-            if reason is not None:
-                return self._finish("stopped", reason)
-        return self._finish("finished", "")
+            due = bool(self.evaluator.prompts) and (last or bool(every and trainer.step_index % every == 0))
+            if last or due or trainer.step_index % config.checkpoint.every == 0:
+                self._save(evaluation_due=due, reason=reason)
+            if due:
+                self._evaluate_checkpoint(reason)
+        return self._finish("finished", "") if reason is None else self._finish("stopped", reason)
+
+    def _make_up_for(self, resumed: Mapping[str, Any]) -> str | None:
+        """Do what should have followed the checkpoint that the run goes on from; the reason to stop found with it."""
+        step, reason = self.trainer.step_index, resumed.get("stopped")
+        due = resumed.get("evaluation_due", False) or step >= self.config.train.steps
+        if step == 0 or not due or not self.evaluator.prompts:
+            return None
+        if self.evaluator.done_at(step):
+            self._rank(step, self.evaluator.mean_at(step), diverged=reason is not None)
+            return None
+        self._evaluate_checkpoint(reason)
+        return reason if self.config.train.guard else None
 
     def _record(self, result: StepResult) -> str | None:
         """Write a step's metrics; the guard's reason to stop, if it has one (the same on every process)."""
@@ -323,14 +342,13 @@ class Run:
         total = sum(count for count, _ in parts)
         return {f"images/{name}": sum(count * part[name] for count, part in parts) / total for name in parts[0][1]}
 
-    def _evaluate(self, which: Literal["reference", "evaluation"]) -> float | None:
-        """Evaluate, write the row, the pictures and the report; the mean held-out value."""
-        step = self.trainer.step_index
+    def _evaluate(self, which: Literal["reference", "evaluation"], step: int) -> float | None:
+        """Evaluate, write the row and the pictures of ``step``; the mean held-out value, None without prompts."""
         row = self.evaluator.evaluate(which, step)
         if row is None:
             return None
         if self.world.is_main:
-            self.folder.append("evaluations.jsonl", row)
+            self.folder.put("evaluations.jsonl", row)
             self.tracker.log(
                 step,
                 {k: v for k, v in row.items() if k != "step"},
@@ -338,25 +356,41 @@ class Run:
                 "samples",
             )
             self.observer.evaluated(row)
-            if step:
-                self._write_report("running", "")
         return row["eval/mean"]
 
-    def _save(self, value: float | None, *, diverged: bool) -> None:
-        """Checkpoint; the best has the highest held-out value (or training reward, without held-out prompts)."""
-        rewards = self.guard.rewards[-self.guard.window :]
-        score = value if value is not None else float(np.mean(rewards)) if not self.evaluator.prompts else None
-        best = score is not None and score > self.best_value and not diverged
-        if best and score is not None:
-            self.best_value = score
+    def _evaluate_checkpoint(self, reason: str | None) -> None:
+        """Evaluate the checkpoint of this step; ``reason``: why the guard stops the run there, if it does."""
+        step = self.trainer.step_index
+        self._rank(step, self._evaluate("evaluation", step), diverged=reason is not None)
+        if self.world.is_main:
+            self._write_report("running", "")
+
+    def _rank(self, step: int, value: float | None, *, diverged: bool) -> None:
+        """Mark the checkpoint of ``step`` as the best where its held-out value is the highest so far."""
+        if value is not None and value > self.best_value and not diverged:
+            self.best_value = value
+            if self.world.is_main:
+                self.store.mark_best(step)
+
+    def _save(self, *, evaluation_due: bool, reason: str | None) -> None:
+        """Checkpoint; without held-out prompts the best has the highest training reward."""
+        best = False
+        if not self.evaluator.prompts:
+            reward = float(np.mean(self.guard.rewards[-self.guard.window :]))
+            best = reward > self.best_value and reason is None
+            self.best_value = reward if best else self.best_value
         if self.world.is_main:
             extra = {
                 "run_id": self.run_id,
                 "guard": self.guard.state(),
                 "best_value": self.best_value if np.isfinite(self.best_value) else None,
+                # With these a resumed run does what a kill kept from following this checkpoint.
+                "evaluation_due": evaluation_due,
+                "stopped": reason,
                 "started": self.began.isoformat(),
                 "seconds": self._seconds(),
                 "versions": versions(),
+                PROMPT_HASHES: self.prompt_hashes,
             }
             self.store.save(self.trainer, self.config_text, extra, best=best)
         self.world.barrier()
@@ -383,11 +417,22 @@ class Run:
                 self.tracker.log(
                     self.trainer.step_index, {f"gain/{comparison.name}": comparison.after - comparison.before}
                 )
-            self.tracker.log(self.trainer.step_index, {}, [self.folder.path / "report.html"])
+            report = self.folder.path / "report.html"
+            self.tracker.log(self.trainer.step_index, {}, [report] if report.is_file() else [])
             self.tracker.finish("killed" if status == "killed" else "failed" if status == "failed" else "finished")
         return outcome
 
     def _write_report(self, status: Literal["running", "finished", "stopped", "failed"], reason: str) -> None:
+        """Write the page anew; a run does not stop for want of it, whatever is wrong: the first failure is told."""
+        try:
+            self._write_page(status, reason)
+        except Exception as error:
+            if not self.report_failed:
+                told = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.observer.note(f"The report could not be written, and the run goes on without it: {told}")
+            self.report_failed = True
+
+    def _write_page(self, status: Literal["running", "finished", "stopped", "failed"], reason: str) -> None:
         step, folder = self.trainer.step_index, self.folder.path
         best = self.store.best
         write_report(

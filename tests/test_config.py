@@ -15,13 +15,14 @@ model.path model.family model.revision model.resolution model.dtype model.use_t5
 model.text_encoders
 lora.rank lora.alpha lora.target_modules lora.init
 prompts.train prompts.evaluation
-reward.scorers.NAME.weight reward.scorers.NAME.scale reward.scorers.NAME.options.OPTION
+reward.scorers.NAME.weight reward.scorers.NAME.output reward.scorers.NAME.offset reward.scorers.NAME.scale
+reward.scorers.NAME.options.OPTION
 reward.max_failed_share reward.self_test
 rollout.prompts_per_step rollout.images_per_prompt rollout.sampling_steps rollout.sampler
 rollout.guidance_scale rollout.guidance_min_noise rollout.guidance_max_noise rollout.micro_batch
-ram.reward_multiplier ram.noisings_per_image ram.updates_per_step ram.time_power ram.stratify_times
+ram.reward_multiplier ram.noisings_per_image ram.updates_per_step ram.time_power ram.time_grid ram.stratify_times
 ram.min_time ram.max_time ram.advantage_scale ram.advantage_epsilon ram.advantage_clip ram.old_ema_decay
-ram.old_ema_warmup ram.path_cost ram.path_cost_min_time
+ram.old_ema_warmup ram.old_ema_offset ram.path_cost ram.path_cost_min_time
 optimizer.lr optimizer.warmup_steps optimizer.lr_half_life optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.weight_decay optimizer.max_grad_norm
 train.steps train.seed train.micro_batch train.sweep_micro_batch train.gradient_checkpointing train.guard

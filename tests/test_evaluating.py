@@ -18,7 +18,7 @@ import pytest
 from ramctl.config import RewardTerm
 from ramctl.engine.evaluation import evaluate as engine_evaluate
 from ramctl.engine.metrics import paired_interval
-from ramctl.errors import DataError, MissingDependencyError, ScorerError, UsageError
+from ramctl.errors import ConfigError, DataError, MissingDependencyError, ScorerError, UsageError
 from ramctl.evaluating import Request, evaluate, make_plan
 from ramctl.evaluation_results import Evaluated, combine, compare, comparison_table, result_lines, results_table
 from ramctl.images import ImageRow, load_image, read_image_folder
@@ -28,7 +28,7 @@ from ramctl.scorers.composite import Reward, Term
 from ramctl.scorers.geneval import GenEvalScorer
 from ramctl.scorers.registry import create
 from ramctl.scoring import ScoredImages, score_folder, summarise
-from ramctl.settings import Settings
+from ramctl.settings import Settings, load_settings
 from ramctl.sources import open_source
 from ramctl.weights import find_entry
 
@@ -315,6 +315,42 @@ def test_the_limit_spreads_over_the_kinds(tiny_settings: Settings, tiny_prompts:
         make_plan(Request("x", prompts=file, limit=-1), tiny_settings.config)
 
 
+def test_all_held_out_prompts_are_taken_whatever_the_checks_in_training_take(tiny_settings: Settings) -> None:
+    section = tiny_settings.config.evaluation.model_copy(update={"prompts": 2})
+    plan = make_plan(Request("x"), tiny_settings.config.model_copy(update={"evaluation": section}))
+    assert (len(plan.prompts), plan.limit) == (6, 0)
+
+
+@pytest.mark.parametrize("preset", ["geneval-tiny", "geneval-tiny-gpu"])
+def test_the_embedded_presets_held_out_prompts_are_240(preset: str) -> None:
+    plan = make_plan(Request("x"), load_settings(preset).config)
+    assert len(plan.prompts) == 240
+    assert plan.notes() == []
+
+
+def test_too_few_pictures_for_genevals_protocol_are_worth_a_word() -> None:
+    config = load_settings("geneval").config
+    expected = {None: "-n 4 (now 1)", 3: "-n 4 (now 3)", 4: None, 8: None}
+    for count, said in expected.items():
+        settings = {} if count is None else {"images_per_prompt": count}
+        notes = make_plan(Request("x", settings=settings), config).notes()
+        assert [note.partition("prompt: ")[2] for note in notes] == ([] if said is None else [said])
+    embedded = Request("x", options={"geneval": {"detector": "tinyworld"}})
+    assert make_plan(embedded, config).notes() == []
+    assert make_plan(Request("x"), load_settings("ocr").config).notes() == []
+
+
+def test_an_output_no_scorer_reports_is_refused_before_anything_is_drawn(
+    request_: Request, run_folder: Path, tiny_preset: Path, tmp_path: Path
+) -> None:
+    text = tiny_preset.read_text() + '\n[reward.scorers.geneval]\noutput = "offical"\n'
+    (tmp_path / "other.toml").write_text(text)
+    wanted = replace(request_, preset=str(tmp_path / "other.toml"), rewards=("geneval",), self_test=False)
+    with pytest.raises(ConfigError, match=r"output is 'offical'.*Did you mean 'official'"):
+        evaluate(wanted)
+    assert not (run_folder / "evaluations").exists()
+
+
 def test_scorers_keep_the_options_of_training(tiny_settings: Settings) -> None:
     term = RewardTerm(weight=2.0, scale=4.0, options={"partial": "clamped"})
     reward = tiny_settings.config.reward.model_copy(update={"scorers": {"geneval": term}})
@@ -432,11 +468,15 @@ def test_macro_differences_are_paired() -> None:
 
 
 def test_the_weighted_value_is_that_of_the_reward(tiny_prompts: list[Prompt]) -> None:
-    terms = {"geneval": RewardTerm(weight=2.0, scale=4.0), "jpeg-compressibility": RewardTerm(weight=0.5)}
+    terms = {
+        "geneval": RewardTerm(weight=2.0, scale=4.0, output="extra_objects", offset=0.5),
+        "jpeg-compressibility": RewardTerm(weight=0.5),
+    }
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     scorers = {name: create(name) for name in terms}
-    expected = Reward([Term(scorers[n], t.weight, t.scale) for n, t in terms.items()]).score(images, tiny_prompts)
+    reward = Reward([Term(scorers[n], t.weight, t.scale, t.output, t.offset) for n, t in terms.items()])
+    expected = reward.score(images, tiny_prompts)
     total = combine({name: scorer.score(images, tiny_prompts) for name, scorer in scorers.items()}, terms)
     np.testing.assert_array_equal(total.value, expected.value)
     assert total.strict is not None and expected.strict is not None

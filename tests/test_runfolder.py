@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ramctl.errors import CheckpointError, ConfigError, RunFolderError
-from ramctl.runfolder import FREE_TO_CHANGE, RunFolder, numbered, require_checkpoint
+from ramctl.runfolder import FREE_TO_CHANGE, RunFolder, numbered, prompt_hashes, require_checkpoint
 from ramctl.settings import Settings, all_keys, load_settings
 
 
@@ -59,6 +62,33 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         text = (tmp_path / "run" / ".lock").read_text()
         assert f"process {os.getpid()} on " in text
         assert text.count("process") == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told: list[str] = []
+    with RunFolder(tmp_path / "run").locked(told.append):
+        assert f"process {os.getpid()} on " in (tmp_path / "run" / ".lock").read_text()
+    assert len(told) == 1
+    assert f"file system of {tmp_path / 'run'} has no locks ({os.strerror(code)})" in told[0]
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_process_holds_is_no_missing_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunFolderError, match="in use by another process"), RunFolder(tmp_path / "run").locked():
+        pass
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
@@ -157,6 +187,12 @@ def test_what_does_not_change_the_experiment_may_change(tiny_checkpoint: Path, t
         ("tracking.kind", "mlflow"),
         ("runtime.threads", "1"),
         ("train.guard", "false"),
+        ("train.gradient_checkpointing", "true"),
+        ("train.sweep_micro_batch", "1"),
+        ("model.text_encoders", "parked"),
+        ("reward.self_test", "false"),
+        ("reward.max_failed_share", "0.5"),
+        ("runtime.compile", "true"),
     ]
     RunFolder(tiny_checkpoint.parent).check_same_experiment(tiny_checkpoint, other_settings(tiny_preset, *free))
 
@@ -165,6 +201,58 @@ def test_every_key_that_is_free_to_change_exists() -> None:
     names = list(all_keys())
     for free in FREE_TO_CHANGE:
         assert any(name.startswith(free) for name in names), free
+
+
+def own_prompts(preset: Path, folder: Path) -> Settings:
+    """The preset with prompt files in ``folder`` that may be edited."""
+    for name in ("train", "test"):
+        shutil.copy(preset.parent / f"{name}.jsonl", folder)
+    files = [("prompts.train", str(folder / "train.jsonl")), ("prompts.evaluation", str(folder / "test.jsonl"))]
+    return other_settings(preset, *files)
+
+
+def checkpoint_of(folder: Path, settings: Settings, state: dict[str, object]) -> Path:
+    """What the comparison reads of a checkpoint."""
+    checkpoint = folder / "step-000001"
+    checkpoint.mkdir()
+    (checkpoint / "config.toml").write_text(RunFolder(folder).write_config(settings))
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    return checkpoint
+
+
+@pytest.mark.parametrize(("file", "key"), [("train.jsonl", "prompts.train"), ("test.jsonl", "prompts.evaluation")])
+def test_a_prompt_file_edited_in_place_is_another_experiment(
+    tmp_path: Path, tiny_preset: Path, file: str, key: str
+) -> None:
+    settings = own_prompts(tiny_preset, tmp_path)
+    hashes = prompt_hashes(settings.config)
+    assert hashes[key] == hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    checkpoint = checkpoint_of(tmp_path, settings, {"step": 1, "prompts_sha256": hashes})
+    RunFolder(tmp_path).check_same_experiment(checkpoint, settings)
+    with (tmp_path / file).open("a") as stream:
+        stream.write('{"prompt": "one more", "tag": "x"}\n')
+    with pytest.raises(ConfigError, match=rf"other settings: {key}: the content of .*{file} .*--fresh") as caught:
+        RunFolder(tmp_path).check_same_experiment(checkpoint, settings)
+    assert hashes[key][:12] in str(caught.value)
+    assert str(caught.value).count("content") == 1
+
+
+def test_prompts_of_a_checkpoint_without_hashes_are_not_compared(tmp_path: Path, tiny_preset: Path) -> None:
+    settings = own_prompts(tiny_preset, tmp_path)
+    checkpoint = checkpoint_of(tmp_path, settings, {"step": 1})
+    (tmp_path / "train.jsonl").write_text('{"prompt": "another"}\n')
+    RunFolder(tmp_path).check_same_experiment(checkpoint, settings)
+
+
+def test_another_prompt_file_is_told_of_once(tmp_path: Path, tiny_preset: Path) -> None:
+    settings = own_prompts(tiny_preset, tmp_path)
+    hashes = prompt_hashes(settings.config)
+    checkpoint = checkpoint_of(tmp_path, settings, {"step": 1, "prompts_sha256": hashes})
+    (tmp_path / "more.jsonl").write_text('{"prompt": "another"}\n')
+    files = [("prompts.train", str(tmp_path / "more.jsonl")), ("prompts.evaluation", str(tmp_path / "test.jsonl"))]
+    with pytest.raises(ConfigError, match=r"prompts\.train: .*more\.jsonl") as caught:
+        RunFolder(tmp_path).check_same_experiment(checkpoint, other_settings(tiny_preset, *files))
+    assert "content" not in str(caught.value)
 
 
 # -- metrics
@@ -177,6 +265,17 @@ def test_rows_are_read_back_and_nan_is_null(tmp_path: Path) -> None:
     assert folder.rows("metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert folder.rows("absent.jsonl") == []
+
+
+def test_a_row_of_the_same_step_is_replaced_and_steps_stay_in_order(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.put("evaluations.jsonl", {"step": 4, "eval/mean": 1.0})
+    with (tmp_path / "evaluations.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "ev')
+    folder.put("evaluations.jsonl", {"step": 0, "eval/mean": 0.5})
+    folder.put("evaluations.jsonl", {"step": 4, "eval/mean": math.nan})
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 0, "eval/mean": 0.5}, {"step": 4, "eval/mean": None}]
 
 
 def test_rewinding_drops_later_rows_and_a_half_written_one(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class TestPrecedence:
     def test_every_value_has_a_source_and_nothing_else_has(self) -> None:
         loaded = load_settings("geneval-tiny")
         fixed = {key for key in all_keys() if not any(part.isupper() for part in key.split("."))}
-        scorer = {f"reward.scorers.geneval.{key}" for key in ("weight", "scale")}
+        scorer = {f"reward.scorers.geneval.{key}" for key in ("weight", "offset", "scale", "output")}
         options = {f"reward.scorers.geneval.options.{key}" for key in ("detector", "partial")}
         assert set(loaded.provenance) == fixed | scorer | options
 
@@ -203,6 +203,11 @@ class TestBadKeysAndValues:
                 "rollout.images_per_prompt must be at least 2, got 1 (file {}).",
             ),
             ("[optimizer]\nlr = 0", "optimizer.lr must be above 0, got 0 (file {})."),
+            ("[train]\nseed = 9223372036854775808", "train.seed must be at least 0 and below 9223372036854775808, got"),
+            (
+                "[train]\nseed = 9223372036854775808",
+                "train.seed must be at least 0 and below 9223372036854775808, got 9",
+            ),
             (
                 "[optimizer]\nbeta1 = 1.0",
                 "optimizer.beta1 must be at least 0 and below 1, got 1.0 (file {}).",
@@ -256,6 +261,9 @@ class TestBadKeysAndValues:
         assert "updates_per_step (9) cannot exceed noisings_per_image (8)" in text
         assert "updates_per_step: command line" in text
         assert "noisings_per_image: preset geneval-tiny" in text
+        text = complaint("geneval-tiny", ("lora.rank", "0"), ("model.dtype", "bfloat16"), ("precision", "float32"))
+        assert text.startswith("lora.rank = 0 trains float32 weights")
+        assert "(model.dtype: command line; lora.rank: command line; runtime.precision: command line)." in text
         text = complaint("geneval-tiny", ("guidance_min_noise", "0.9"), ("guidance_max_noise", "0.2"))
         assert "[rollout] guidance_min_noise must not be above guidance_max_noise" in text
 
@@ -484,6 +492,8 @@ class TestDifferences:
             "optimizer.lr: 0.001 → 0.0005",
             "optimizer.max_grad_norm: 1.0 → none",
             "reward.scorers.ocr.weight: absent → 2.0",
+            'reward.scorers.ocr.output: absent → "value"',
+            "reward.scorers.ocr.offset: absent → 0.0",
             "reward.scorers.ocr.scale: absent → 1.0",
         ]
 
@@ -542,7 +552,7 @@ class TestListing:
         assert [item.key for item in find_keys("seed")] == ["train.seed", "evaluation.seed"]
         assert [item.key for item in find_keys("checkpoint")] == ["checkpoint.every", "checkpoint.keep"]
         assert [item.key for item in find_keys("lr")] == ["optimizer.lr"]
-        assert len(find_keys("reward")) == 5
+        assert len(find_keys("reward")) == 7
         with pytest.raises(ConfigError, match=r"optimizer\.lr"):
             find_keys("lrr")
 

@@ -6,124 +6,42 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from ramctl import training
 from ramctl.engine.checkpoint import CheckpointStore, damage, find_checkpoint
 from ramctl.engine.distributed import World
 from ramctl.engine.trainer import Trainer
-from ramctl.errors import CheckpointError, ConfigError, DataError, DivergedError, RunFolderError, ScorerError
+from ramctl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    RunFolderError,
+    ScorerError,
+)
 from ramctl.observer import SilentObserver
 from ramctl.runfolder import RunFolder
 from ramctl.scorers.base import Images, ImageScore
 from ramctl.scorers.jpeg import JpegCompressibility
 from ramctl.settings import load_settings
 from ramctl.training import Outcome, Run, config_rows, make_reward, train
-
-Start = Callable[..., Outcome]
-UNTIMED = ("seconds/", "images_per_second")
-
-
-class Listener(SilentObserver):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: list[int] = []
-        self.evaluations: list[float] = []
-        self.first: int | None = None
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def started(self, step: int, steps: int, folder: Path) -> None:
-        self.first = step
-
-    def step(self, metrics: dict[str, float], steps: int) -> None:
-        self.steps.append(int(metrics["step"]))
-
-    def evaluated(self, row: dict[str, float]) -> None:
-        self.evaluations.append(row["step"])
-
-
-@pytest.fixture(scope="session")
-def start(tiny_preset: Path) -> Start:
-    """Runs the tiny preset for four steps with a checkpoint and an evaluation after every second."""
-
-    def run(
-        output: Path, *overrides: tuple[str, str], fresh: bool = False, observer: SilentObserver | None = None
-    ) -> Outcome:
-        basis = [
-            ("train.steps", "4"),
-            ("checkpoint.every", "2"),
-            ("evaluation.every", "2"),
-            ("rollout.sampling_steps", "1"),
-            ("rollout.guidance_scale", "1"),
-            ("evaluation.sampling_steps", "1"),
-            ("evaluation.guidance_scale", "1"),
-            ("picture_prompts", "2"),
-            ("threads", "1"),
-        ]
-        settings = load_settings(str(tiny_preset), overrides=[*basis, *overrides])
-        return train(settings, output=output, fresh=fresh, observer=observer)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Listener]:
-    """A finished run; read it, and copy it to change it."""
-    listener = Listener()
-    return start(tmp_path_factory.mktemp("finished") / "run", observer=listener), listener
-
-
-@pytest.fixture
-def half(finished: tuple[Outcome, Listener], tmp_path: Path) -> Path:
-    """A copy of the finished run as a kill in the middle of step 4 left it: checkpoint 2, metrics of step 3."""
-    folder = tmp_path / "half"
-    shutil.copytree(finished[0].folder, folder, symlinks=True)
-    shutil.rmtree(folder / "step-000004")
-    for link in ("latest", "best"):
-        (folder / link).unlink()
-        (folder / link).symlink_to("step-000002")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:40])
-    (folder / "report.html").unlink()
-    for path in (folder / "samples").glob("step-000004*"):
-        path.unlink()
-    evaluations = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
-    (folder / "evaluations.jsonl").write_text("".join(evaluations[:2]))
-    return folder
-
-
-@pytest.fixture
-def plain_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report of two words in place of the drawn one, which takes most of the time of so short a run."""
-    monkeypatch.setattr(
-        training, "write_report", lambda path, report: path.write_text(f"{report.status} {report.reason}")
-    )
-
-
-def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
-    parsed = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(UNTIMED)} for row in parsed]
-
-
-def tensors(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor of a checkpoint (a file's header lists them in any order)."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        found.update({f"{path.name}/{name}": value.numpy().tobytes() for name, value in load_file(path).items()})
-    assert len(found) > 100
-    return found
-
+from tests.training_runs import (  # noqa: F401
+    Listener,
+    Start,
+    broken_pictures,
+    finished_fixture,
+    half_fixture,
+    plain_report_fixture,
+    rows,
+    start_fixture,
+    tensors,
+)
 
 # -- a run from its start to its end
 
@@ -306,24 +224,6 @@ def brightness(image: Images) -> float:
     return float(image.mean()) / 255
 
 
-def broken_pictures(monkeypatch: pytest.MonkeyPatch, *, from_picture: int, every: int, value: float | None) -> None:
-    """The JPEG scorer fails (or gives ``value``) on every ``every``-th picture it sees after ``from_picture``."""
-    seen = 0
-    score = JpegCompressibility.score_image
-
-    def failing(self: JpegCompressibility, image: Images, prompt: object) -> ImageScore:
-        nonlocal seen
-        if image.shape[0] == 64:  # not the self-test's
-            seen += 1
-            if seen > from_picture and (seen - from_picture) % every == 0:
-                if value is None:
-                    raise ValueError("unreadable picture")
-                return ImageScore(value)
-        return score(self, image, prompt)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(JpegCompressibility, "score_image", failing)
-
-
 @pytest.mark.usefixtures("plain_report")
 @pytest.mark.parametrize(("value", "said"), [(None, "unreadable picture"), (float("nan"), "non-finite value")])
 def test_too_many_failed_pictures_stop_the_run_with_the_last_checkpoint_intact(
@@ -406,7 +306,8 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert tensors(half / "step-000002") == before
-    assert find_checkpoint(half / "latest").name == "step-000002"
+    # An evaluation that fails comes after the step's checkpoint.
+    assert find_checkpoint(half / "latest").name == ("step-000004" if where == "samples" else "step-000002")
     assert not [path.name for path in half.iterdir() if path.name.endswith(".tmp")]
     outcome = start(half)
     assert (outcome.status, outcome.step) == ("finished", 4)
@@ -488,8 +389,26 @@ def test_without_the_guard_a_bad_run_goes_on(start: Start, half: Path, monkeypat
 def test_the_rewards_terms_come_from_the_preset(tiny_preset: Path) -> None:
     settings = load_settings(
         str(tiny_preset),
-        overrides=[("reward.scorers.geneval.weight", "0.5"), ("reward.scorers.geneval.scale", "4")],
+        overrides=[
+            ("reward.scorers.geneval.weight", "0.5"),
+            ("reward.scorers.geneval.scale", "4"),
+            ("reward.scorers.geneval.output", "strict"),
+            ("reward.scorers.geneval.offset", "0.25"),
+        ],
     )
     reward = make_reward(settings.config)
     assert reward.names == ["jpeg-compressibility", "geneval"]
-    assert [(term.weight, term.scale) for term in reward.terms] == [(1, 1), (0.5, 4)]
+    terms = [(term.weight, term.scale, term.output, term.offset) for term in reward.terms]
+    assert terms == [(1, 1, "value", 0), (0.5, 4, "strict", 0.25)]
+
+
+def test_an_output_no_scorer_reports_stops_the_run_before_the_model_is_loaded(
+    tiny_preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramctl.training.load_backbone", lambda *_: pytest.fail("the model was loaded"))
+    settings = load_settings(
+        str(tiny_preset),
+        overrides=[("reward.scorers.jpeg-compressibility.output", "kilobyte"), ("reward.self_test", "false")],
+    )
+    with pytest.raises(ConfigError, match=r"output is 'kilobyte'.*Did you mean 'kilobytes'\?"):
+        train(settings, output=tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,9 +89,9 @@ def evaluate(
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
     limit: Annotated[
-        int | None,
-        typer.Option("--limit", help="Prompts used, spread over the tags; 0 is all.", show_default=False),
-    ] = None,
+        int,
+        typer.Option("--limit", help="Prompts used, spread over the tags. Default: all.", show_default=False),
+    ] = 0,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -185,7 +186,7 @@ def _run(request: Request) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"Evaluating {request.source}")
     with counting() as progress:
-        report = run(request, progress)
+        report = run(request, progress, partial(say, style="yellow"))
     if report.is_main:
         _show_part("", report.evaluated, report.compared)
         if report.drawbench is not None:

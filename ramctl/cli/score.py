@@ -67,6 +67,8 @@ def score(
         scored = score_folder(images, scorers, self_test=self_test, batch_size=batch_size, progress=progress)
     summaries = scored.summaries()
     table(f"Scores of {images}", *tag_table(summaries))
+    for note in scored.notes():
+        say(note, style="yellow")
     failures = scored.failures()
     for name, file, reason in failures[:_SHOWN_FAILURES]:
         say(f"not scored by {name}: {reason}" if str(file) in reason else f"{file} not scored by {name}: {reason}")

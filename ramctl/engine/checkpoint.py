@@ -151,6 +151,16 @@ class CheckpointStore:
         """The checkpoint with the best score, where one was marked."""
         return _pointed(self.folder / "best")
 
+    def mark_best(self, step: int) -> None:
+        """Move ``best`` to the checkpoint of ``step``; the one that it pointed to no longer stays for being the best.
+
+        Raises:
+            OSError: the disk is full or not writable; ``best`` is as it was.
+        """
+        name = self.steps()[step].name
+        _point(self.folder / "best", name)
+        self._prune(name)
+
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer, config_text: str, extra: Mapping[str, Any], *, best: bool = False) -> Path:

@@ -13,6 +13,7 @@ from ramctl.backbones.base import Backbone
 from ramctl.config import EvaluationSection
 from ramctl.engine.distributed import World
 from ramctl.engine.metrics import Column
+from ramctl.engine.micro_batch import MicroBatch
 from ramctl.engine.randomness import keyed_seed
 from ramctl.engine.rollout import Progress, generate
 from ramctl.engine.trainer import RewardFunction, gather_scores
@@ -44,7 +45,7 @@ def evaluate(
     settings: EvaluationSection,
     world: World | None = None,
     *,
-    micro_batch: int = 0,
+    micro_batch: int | MicroBatch = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Draw and score ``images_per_prompt`` pictures for each prompt.

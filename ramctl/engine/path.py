@@ -194,6 +194,32 @@ def power_law_times(uniform: Tensor, power: float, low: float = 0.0, high: float
     return times
 
 
+def grid_times(uniform: Tensor, grid: Tensor, power: float, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Times drawn from ``grid`` with probabilities ∝ t^power, by inversion of ``uniform`` in [0, 1).
+
+    Args:
+        uniform: float64 [N].
+        grid: the possible times, float [T] in any order.
+        power: as in :func:`power_law_times`.
+        low, high: times outside are left out.
+
+    Returns:
+        float64 [N]. With power 1 their mean is 0.790 on the 20 steps of the Euler sampler at shift 3, 0.781 on 1,000
+        training times shifted by 3, where the continuous density has 0.667.
+
+    Raises:
+        ValueError: no time of the grid lies within the bounds.
+    """
+    times = torch.sort(grid.double()).values
+    times = times[(times >= low) & (times <= high)]
+    if not len(times):
+        raise ValueError(f"no time of the grid lies between {low} and {high}")
+    weights = times**power
+    cumulative = weights.cumsum(0) / weights.sum()
+    chosen: Tensor = times[torch.searchsorted(cumulative, uniform, right=True).clamp(max=len(times) - 1)]
+    return chosen
+
+
 def shifted_sigmas(steps: int, shift: float, train_timesteps: int = 1000) -> Tensor:
     """The flow-matching Euler grid, float64 [steps + 1], from 1 down to exactly 0.
 

@@ -25,11 +25,12 @@ from ramctl.engine.distributed import World
 from ramctl.engine.metrics import reward_metrics
 from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction, ram_target, regression_loss
-from ramctl.engine.path import power_law_times
+from ramctl.engine.path import grid_times, power_law_times
 from ramctl.engine.policy import FrozenSet, Policy, evaluation_decay, old_decay
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
 from ramctl.engine.rollout import Endpoints, generate
-from ramctl.errors import DivergedError, ScorerError
+from ramctl.engine.transfer import upload, upload_indices
+from ramctl.errors import ConfigError, DivergedError, ScorerError
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, Scores
 
@@ -76,6 +77,12 @@ class _Sweep:
     cost_t: Tensor | None
 
 
+#: The largest float32 below 1.
+_LAST_BEFORE_NOISE = 1 - 2.0**-24
+
+#: Times on which flow-matching models of this family are pretrained, before their shift.
+_TRAINING_TIMES = 1000
+
 _PHASES = {
     "sample": ("drawing pictures,", "rollout.micro_batch"),
     "sweep": ("computing the reference's velocities,", "train.sweep_micro_batch"),
@@ -83,10 +90,28 @@ _PHASES = {
 }
 
 
-def _micro_batch(size: int, phase: str) -> MicroBatch:
+def phase_batch(size: int, phase: str) -> MicroBatch:
+    """The passes of ``sample``, ``sweep`` or ``train``, ``size`` at once; its message names the keys that help."""
     doing, key = _PHASES[phase]
     remedy = f"Lower {key}, set train.gradient_checkpointing = true, or set model.text_encoders = parked."
     return MicroBatch(size, doing, remedy)
+
+
+def _time_grid(config: Config, backbone: Backbone) -> Tensor | None:
+    """The noise times that ``ram.time_grid`` allows, None for all of [0, 1]."""
+    ram, rollout = config.ram, config.rollout
+    if ram.time_grid == "continuous":
+        return None
+    if ram.time_grid == "sampler":
+        grid = backbone.sigmas(rollout.sampling_steps, rollout.sampler)
+    else:
+        grid = backbone.sigmas(_TRAINING_TIMES, "dpm2m")  # even times, shifted once
+    if not ((grid >= ram.min_time) & (grid <= ram.max_time)).any():
+        raise ConfigError(
+            f"ram.time_grid = {ram.time_grid}: none of its times lies between ram.min_time ({ram.min_time}) and "
+            f"ram.max_time ({ram.max_time}). Widen them, or set ram.time_grid = continuous."
+        )
+    return grid
 
 
 class Trainer:
@@ -121,12 +146,13 @@ class Trainer:
             eps=optimizer.epsilon,
             weight_decay=optimizer.weight_decay,
         )
+        self.time_grid = _time_grid(config, backbone)
         shape, device = backbone.latent_shape, backbone.device
         without_gradient = auto_micro_batch(shape, device, training=False)
         self.batches = {
-            "sample": _micro_batch(config.rollout.micro_batch or without_gradient, "sample"),
-            "sweep": _micro_batch(config.train.sweep_micro_batch or without_gradient, "sweep"),
-            "train": _micro_batch(config.train.micro_batch or auto_micro_batch(shape, device, training=True), "train"),
+            "sample": phase_batch(config.rollout.micro_batch or without_gradient, "sample"),
+            "sweep": phase_batch(config.train.sweep_micro_batch or without_gradient, "sweep"),
+            "train": phase_batch(config.train.micro_batch or auto_micro_batch(shape, device, training=True), "train"),
         }
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -149,12 +175,15 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
         endpoints = self._rollout(prompts, share)
         clock.lap("sample")
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             # Neither velocity needs the reward: they are computed while the scorer works.
             pending = pool.submit(self._score, endpoints, prompts)
             sweep = self._sweep(endpoints, share)
             clock.lap("sweep")
             scores, seconds_of_reward = pending.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for a slow scorer
         clock.lap("score")
 
         gathered = gather_scores(world, scores, prompts)
@@ -237,18 +266,27 @@ class Trainer:
         uniform = keyed_uniform([keyed_seed(seed, "time", k, i) for i in ids])
         if ram.stratify_times:
             uniform = (uniform + torch.tensor(noisings, dtype=torch.float64)) / ram.noisings_per_image
-        t64 = power_law_times(uniform, ram.time_power, ram.min_time, ram.max_time)
-        t = t64.float().to(device)
+        t64 = self._times(uniform)
+        t = upload(t64.float(), device)
         epsilon = keyed_normal([keyed_seed(seed, "noising", k, i) for i in ids], latents.shape[1:], device)
         path = self.backbone.path
         if not ram.path_cost:
             return _Items(path.noising(latents, epsilon, t), path.velocity_target(latents, epsilon, t), t)
         between = keyed_uniform([keyed_seed(seed, "time_between", k, i) for i in ids])
         low = t64.clamp(max=ram.path_cost_min_time)  # an item below the smallest time has an empty span
-        s = (low + between * (t64 - low)).float().to(device)
+        # Below 1 after rounding to float32, too: nothing of the picture is left at pure noise, and t may lie there.
+        s = upload((low + between * (t64 - low)).float().clamp(max=_LAST_BEFORE_NOISE), device)
         epsilon_s = keyed_normal([keyed_seed(seed, "noising_between", k, i) for i in ids], latents.shape[1:], device)
         bridge = draw_bridge(path=path, x0=latents, epsilon_s=epsilon_s, epsilon_t=epsilon, s=s, t=t)
         return _Items(bridge.x_t, bridge.y_0, t, bridge.x_s, bridge.y_s, s)
+
+    def _times(self, uniform: Tensor) -> Tensor:
+        """Noise times float64 [n] from uniform numbers [n]."""
+        ram = self.config.ram
+        bounds = ram.min_time, ram.max_time
+        if self.time_grid is None:
+            return power_law_times(uniform, ram.time_power, *bounds)
+        return grid_times(uniform, self.time_grid, ram.time_power, *bounds)
 
     def _batches(
         self, share: range, size: int, noisings: Sequence[int]
@@ -263,11 +301,13 @@ class Trainer:
     @torch.no_grad()
     def _sweep(self, endpoints: Endpoints, share: range) -> _Sweep:
         """v_ref and v_old of every item: the old network first (it is the one loaded), then the reference."""
-        path, items = self.backbone.path, len(share) * self.config.ram.noisings_per_image
+        items = len(share) * self.config.ram.noisings_per_image
         shape = (items, *endpoints.latents.shape[1:])
-        sizes = {"t": (items,), "s": (items,), "old": shape, "reference": shape, "old_s": shape, "reference_s": shape}
-        wanted = sizes if self.config.ram.path_cost else ("old", "reference")
-        kept = {name: endpoints.latents.new_empty(sizes[name]) for name in wanted}
+        wanted = ("old", "reference", "old_s") if self.config.ram.path_cost else ("old", "reference")
+        kept = {name: endpoints.latents.new_empty(shape) for name in wanted}
+        if self.config.ram.path_cost:
+            for name in ("cost_s", "cost_t"):
+                kept[name] = endpoints.latents.new_empty(items, dtype=torch.float64)
         order: tuple[FrozenSet, ...] = ("old", "reference")
         for passes_before, which in enumerate(order):
             network = self.policy.network(which)
@@ -276,14 +316,7 @@ class Trainer:
                     endpoints, share, size, network, which, kept, before
                 )
             )
-        if not self.config.ram.path_cost:
-            return _Sweep(kept["reference"], kept["old"], None, None)
-        return _Sweep(
-            kept["reference"],
-            kept["old"],
-            path_cost(v=kept["old_s"], v_ref=kept["reference_s"], path=path, t=kept["s"]),
-            path_cost(v=kept["old"], v_ref=kept["reference"], path=path, t=kept["t"]),
-        )
+        return _Sweep(kept["reference"], kept["old"], kept.get("cost_s"), kept.get("cost_t"))
 
     def _sweep_pass(
         self,
@@ -295,23 +328,29 @@ class Trainer:
         kept: dict[str, Tensor],
         before: int,
     ) -> None:
-        """One network's velocities of every item, into ``kept`` (times, too, where the path cost needs them)."""
-        count = self.config.ram.noisings_per_image
+        """One network's velocities of every item, into ``kept``; with the reference's come the path costs."""
+        count, path = self.config.ram.noisings_per_image, self.backbone.path
         done = 0
         for rows, images, noisings in self._batches(share, size, range(count)):
             place = slice(done, done + len(rows))
-            items = self._noise(endpoints.latents[rows], images, noisings)
-            text = endpoints.text.select(endpoints.text_row[rows])
-            kept[which][place] = self.backbone.velocity(network, items.x_t, items.t, text)
+            local = upload_indices(rows, endpoints.latents.device)
+            items = self._noise(endpoints.latents[local], images, noisings)
+            text = endpoints.text.select(endpoints.text_row[local])
+            velocity = self.backbone.velocity(network, items.x_t, items.t, text)
+            kept[which][place] = velocity
             if items.x_s is not None and items.s is not None:
-                kept[f"{which}_s"][place] = self.backbone.velocity(network, items.x_s, items.s, text)
-                kept["t"][place], kept["s"][place] = items.t, items.s
+                velocity_s = self.backbone.velocity(network, items.x_s, items.s, text)
+                if which == "old":
+                    kept["old_s"][place] = velocity_s
+                else:
+                    kept["cost_s"][place] = path_cost(v=kept["old_s"][place], v_ref=velocity_s, path=path, t=items.s)
+                    kept["cost_t"][place] = path_cost(v=kept["old"][place], v_ref=velocity, path=path, t=items.t)
             done += len(rows)
             self.progress("sweep", before + done, 2 * len(share) * count)
 
     def _target(self, items: _Items, sweep: _Sweep, chosen: Tensor, advantage: Tensor) -> Tensor:
         v_old = sweep.v_old[chosen]
-        scaled = (self.config.ram.reward_multiplier * advantage).to(v_old.device)
+        scaled = upload(self.config.ram.reward_multiplier * advantage, v_old.device)
         target = ram_target(v_ref=sweep.v_ref[chosen], v_old=v_old, y=items.y, scaled_advantage=scaled)
         if items.y_s is None or sweep.cost_s is None or sweep.cost_t is None:
             return target
@@ -332,7 +371,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64)  # loss, target², drift, summed over items
         norms = []
         for update in range(updates):
-            noisings = range(update * count // updates, (update + 1) * count // updates)
+            noisings = range(update, count, updates)  # of every stratum where times are stratified
             part, bad = self.batches["train"].run(
                 lambda size, noisings=noisings: self._accumulate(  # type: ignore[misc]
                     endpoints, share, sweep, advantages, noisings, size
@@ -361,19 +400,20 @@ class Trainer:
         size: int,
     ) -> tuple[Tensor, set[int]]:
         """The gradient of one update, from zero: sums of (loss, target², drift), and pictures with non-finite loss."""
-        count = self.config.ram.noisings_per_image
+        count, device = self.config.ram.noisings_per_image, endpoints.latents.device
         total = self.config.images_per_step * len(chosen_noisings)
         # Figures stay on the device until the last pass has been queued: reading one makes a GPU wait for the host.
         figures: list[Tensor] = []
         finite: list[Tensor] = []
         trained: list[int] = []
-        done = len(share) * chosen_noisings.start
+        earlier = (len(range(update, count, chosen_noisings.step)) for update in range(chosen_noisings.start))
+        done = len(share) * sum(earlier)
         self.optimizer.zero_grad(set_to_none=True)
         for rows, images, noisings in self._batches(share, size, chosen_noisings):
-            items = self._noise(endpoints.latents[rows], images, noisings)
-            text = endpoints.text.select(endpoints.text_row[rows])
-            chosen = torch.tensor([row * count + n for row, n in zip(rows, noisings, strict=True)])
-            chosen = chosen.to(items.x_t.device)
+            local = upload_indices(rows, device)
+            items = self._noise(endpoints.latents[local], images, noisings)
+            text = endpoints.text.select(endpoints.text_row[local])
+            chosen = upload_indices([row * count + n for row, n in zip(rows, noisings, strict=True)], device)
             target = self._target(items, sweep, chosen, advantages[rows])
             prediction = self.backbone.velocity(self.policy.live, items.x_t, items.t, text)
             losses = regression_loss(prediction, target)
@@ -423,7 +463,7 @@ class Trainer:
     def _lag(self) -> None:
         """The two moving averages: the old weights that sample next, the weights that are evaluated."""
         ram, evaluation, k = self.config.ram, self.config.evaluation, self.step_index
-        self.policy.follow("old", old_decay(k, ram.old_ema_decay, ram.old_ema_warmup))
+        self.policy.follow("old", old_decay(k + ram.old_ema_offset, ram.old_ema_decay, ram.old_ema_warmup))
         self.policy.follow("evaluation", evaluation_decay(k, evaluation.ema_decay, warmup=evaluation.ema_warmup))
 
 
@@ -473,7 +513,10 @@ def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> Gather
 
 
 class _Clock:
-    """Seconds per phase. A GPU is waited for at the end of each, so that a phase is not charged with another's work."""
+    """Seconds per phase.
+
+    A GPU is waited for at the end of each, so a phase pays for its own work (and for a scorer's beside it on that GPU).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

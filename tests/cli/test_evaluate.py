@@ -72,6 +72,17 @@ def test_the_untrained_baseline_under_a_presets_protocol(
     assert list(content["scorers"]) == ["jpeg-compressibility"]
 
 
+def test_a_plan_below_its_protocol_is_told_before_anything_is_drawn(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ramctl.evaluating.Plan.notes", lambda _: ["four pictures per prompt"])
+    assert run("evaluate", str(run_folder / "latest"), "--rewards", "geneval", "--limit", "2") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("four pictures per prompt") == 1
+    drawing = next(i for i, line in enumerate(lines) if line.startswith("drawing"))
+    assert lines.index("four pictures per prompt") < drawing
+
+
 def test_a_second_source_is_compared_with(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(run_folder / "latest"), "--rewards", "geneval", "--limit", "2"]
     found = []

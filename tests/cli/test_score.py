@@ -66,6 +66,16 @@ def test_a_broken_picture_is_named_and_does_not_fail_the_command(
     assert str(broken) in captured.err
 
 
+def test_one_value_for_all_pictures_is_worth_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for count, said in ((8, True), (7, False)):
+        folder = tmp_path / str(count)
+        write_image_folder(folder, [np.full((32, 32, 3), 90, np.uint8)] * count, [sign_prompt("lamp")] * count)
+        assert run("score", str(folder), "-s", "jpeg-compressibility", "--no-self-test") == 0
+        captured = capsys.readouterr()
+        assert ("jpeg-compressibility gave all" in captured.err) == said
+        assert "gave all" not in captured.out
+
+
 def test_no_picture_scored_is_a_failure(signs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in signs.glob("*.png"):
         file.write_bytes(b"")

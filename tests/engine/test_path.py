@@ -17,6 +17,8 @@ from ramctl.engine.path import (
     Prediction,
     VarianceExplodingPath,
     broadcast_times,
+    evenly_shifted_sigmas,
+    grid_times,
     power_law_times,
     shifted_sigmas,
 )
@@ -302,9 +304,31 @@ def test_grid_equals_the_public_scheduler(steps: int, shift: float) -> None:
     torch.testing.assert_close(shifted_sigmas(steps, shift), scheduler.sigmas.double(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_grid_times_have_the_weights_asked_for(power: float) -> None:
+    grid = torch.tensor([1.0, 0.25, 0.5])
+    drawn = grid_times(stratified(90_000), grid, power)
+    weights = torch.sort(grid).values.double() ** power
+    shares = torch.stack([(drawn == value).double().mean() for value in (0.25, 0.5, 1.0)])
+    torch.testing.assert_close(shares, weights / weights.sum(), atol=2e-5, rtol=0)
+
+
+def test_grid_times_keep_their_bounds_and_meet_the_ends() -> None:
+    grid = shifted_sigmas(20, 3.0)
+    drawn = grid_times(torch.tensor([0.0, 0.5, 1 - 1e-15], dtype=torch.float64), grid, 1.0, low=0.1, high=0.99)
+    assert drawn.tolist()[0] == pytest.approx(0.1498, abs=1e-4)
+    assert drawn.tolist()[2] == pytest.approx(0.9819, abs=1e-4)
+    assert grid_times(torch.zeros(1, dtype=torch.float64), grid, 1.0).item() > 0  # weight 0 at time 0: never drawn
+    with pytest.raises(ValueError, match=r"between 0\.001 and 0\.005"):
+        grid_times(stratified(1), grid, 1.0, low=0.001, high=0.005)
+
+
 def test_mean_time_depends_on_which_grid_carries_the_weight() -> None:
     # Continuous 2t gives 2/3 (above); weights ∝ σ on the sampler's 20 steps .790; on a fine shifted grid
     # .781.
     coarse, fine = shifted_sigmas(20, 3.0), shifted_sigmas(20_000, 3.0, train_timesteps=10**9)
     assert (coarse.square().sum() / coarse.sum()).item() == pytest.approx(0.790, abs=5e-4)
     assert (fine.square().sum() / fine.sum()).item() == pytest.approx(0.781, abs=5e-4)
+    u = stratified(100_000)
+    assert grid_times(u, coarse, 1.0).mean().item() == pytest.approx(0.790, abs=5e-4)
+    assert grid_times(u, evenly_shifted_sigmas(1000, 3.0), 1.0).mean().item() == pytest.approx(0.781, abs=5e-4)

@@ -154,7 +154,7 @@ def test_the_seed_alone_decides_the_lora(build: Build) -> None:
 
 @pytest.mark.parametrize("rank", ["4", "0"])
 def test_trained_weights_are_float32_over_a_bfloat16_base(build: Build, rank: str) -> None:
-    backbone, policy = build(("model.dtype", "bfloat16"), ("lora.rank", rank))
+    backbone, policy = build(("model.dtype", "bfloat16"), ("lora.rank", rank), ("precision", "bfloat16"))
     assert {p.dtype for p in policy.parameters.values()} == {torch.float32}
     assert {t.dtype for t in policy.tensors("old").values()} == {torch.float32}
     assert next(policy.frozen.parameters()).dtype == torch.bfloat16

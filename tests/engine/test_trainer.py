@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from ramctl.backbones.base import TextEmbeddings
 from ramctl.backbones.sd3 import StableDiffusion3
+from ramctl.engine import trainer as module
 from ramctl.engine.distributed import World
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction
 from ramctl.engine.policy import Policy
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
 from ramctl.engine.rollout import generate
 from ramctl.engine.trainer import RewardFunction, Trainer, gather_scores
-from ramctl.errors import DivergedError, OutOfMemoryError, ScorerError
+from ramctl.errors import ConfigError, DivergedError, OutOfMemoryError, ScorerError
 from ramctl.prompts import Prompt, read_prompts
 from ramctl.scorers.base import Images, ImageScore, Scores
 from ramctl.settings import Settings, load_settings
@@ -344,6 +347,88 @@ def test_stratified_times_lie_one_in_each_quantile(build: Build, spy: Callable[[
     times = np.array(sweep.t).reshape(-1, 4) ** 2  # p(t) ∝ t: t² is uniform
     assert (np.floor(times * 4) == [0, 1, 2, 3]).all()
     assert len(np.unique(times * 4 % 1)) == times.size
+
+
+def test_times_come_from_the_grid_asked_for(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:
+    drawn = {}
+    for name in ("continuous", "shifted", "sampler"):
+        trainer = build(("time_grid", name), ("noisings_per_image", "8"))
+        calls = spy(trainer)
+        trainer.step()
+        drawn[name] = np.array(calls[0].t)
+    u = drawn["continuous"] ** 2
+    steps = trainer.config.rollout.sampling_steps
+    allowed = trainer.backbone.sigmas(steps).numpy()[:-1]
+    assert set(drawn["sampler"].tolist()) <= set(allowed.tolist())
+    even, shift = np.arange(1, 1001) / 1000, trainer.backbone._shift
+    fine = shift * even / (1 + (shift - 1) * even)
+    assert np.abs(drawn["shifted"][:, None] - fine).min(axis=1).max() < 1e-6
+    # The same uniform numbers in the same order, through other distributions.
+    for name in ("shifted", "sampler"):
+        assert (np.diff(drawn[name][np.argsort(u)]) >= 0).all()
+        assert not np.array_equal(drawn[name], drawn["continuous"])
+
+
+def test_a_grid_without_a_time_between_the_bounds_is_refused_at_once(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"time_grid = sampler.*min_time \(0\.2\).*max_time \(0\.21\)"):
+        build(("time_grid", "sampler"), ("min_time", "0.2"), ("max_time", "0.21"))
+
+
+def test_intermediate_points_stay_short_of_pure_noise(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the sampler's grid many times are exactly 1, and an intermediate time rounds to 1 now and then."""
+    trainer = build(("time_grid", "sampler"), ("path_cost", "true"), ("time_power", "9"))
+    monkeypatch.setattr(
+        module, "keyed_uniform", lambda seeds: torch.full((len(seeds),), 1 - 1e-12, dtype=torch.float64)
+    )
+    items = trainer._noise(torch.randn(2, *trainer.backbone.latent_shape), [0, 1], [0, 0])
+    assert items.s is not None and items.y_s is not None
+    assert (items.t == 1).all()
+    assert (items.s < 1).all()
+    assert torch.isfinite(items.x_t).all() and torch.isfinite(items.y_s).all()
+
+
+def test_an_interrupt_does_not_wait_for_a_slow_scorer(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    class Slow(Constant):
+        def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+            released.wait(60)
+            return super().score(images, prompts)
+
+    trainer = build(reward=Slow())
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_sweep", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    released.set()
+    assert time.monotonic() - start < 30
+
+
+def test_each_update_sees_all_strata_of_the_times(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:
+    trainer = build(
+        ("noisings_per_image", "8"), ("updates_per_step", "2"), ("stratify_times", "true"), ("time_power", "0")
+    )
+    calls = spy(trainer)
+    trainer.step()
+    trained = [call for call in calls if call.with_gradient]
+    half = len(trained) // 2
+    for update in (trained[:half], trained[half:]):
+        times = np.array([t for call in update for t in call.t])
+        assert times.min() < 0.25 and times.max() > 0.75
+
+
+def test_the_old_weights_may_count_their_steps_from_another_start(build: Build) -> None:
+    trainer = build(("old_ema_offset", "1"), ("old_ema_warmup", "0.25"))
+    before = {name: value.clone() for name, value in trainer.policy.tensors("old").items()}
+    trainer.step()
+    policy = trainer.policy.tensors("policy")
+    for name, value in trainer.policy.tensors("old").items():
+        torch.testing.assert_close(value, 0.25 * before[name] + 0.75 * policy[name])
+    assert any(not torch.equal(before[name], value) for name, value in policy.items())
 
 
 @pytest.mark.parametrize(("noisings", "updates"), [("2", 2), ("5", 2), ("3", 3)])

@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from ramctl.errors import DataError, ScorerError
+from ramctl.errors import ConfigError, DataError, ScorerError
 from ramctl.prompts import Prompt
-from ramctl.scorers.base import Images, ImageScore, Scorer, SelfTest
-from ramctl.scorers.composite import Reward, Term
+from ramctl.scorers.base import Images, ImageScore, Scorer, Scores, SelfTest
+from ramctl.scorers.composite import Reward, Term, check_output, combine
 from ramctl.scorers.jpeg import JpegCompressibility, JpegIncompressibility
 
 PROMPTS = [Prompt(f"picture {i}") for i in range(3)]
 
 
 class Brightness(Scorer):
-    """Mean grey of a picture; refuses the picture with the given grey; strict above 100."""
+    """Mean grey of a picture; refuses the picture with the given grey; strict above a threshold."""
 
     name = "brightness"
+    threshold = 100
 
     def __init__(self, refused: int = -1, passes: bool = True, needs: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -37,7 +38,8 @@ class Brightness(Scorer):
         mean = float(image.mean())
         if mean == self.refused:
             raise ValueError(f"grey {mean:.0f} is refused")
-        return ImageScore(mean, strict=float(mean > 100), details={"mean": mean}, record={"text": prompt.text})
+        details = {"mean": mean, "half": mean / 2}
+        return ImageScore(mean, strict=float(mean > self.threshold), details=details, record={"text": prompt.text})
 
 
 def greys(*levels: int) -> Images:
@@ -57,7 +59,9 @@ def test_the_reward_is_the_weighted_sum_of_scaled_values() -> None:
     assert scores.value.dtype == np.float32
     assert scores.details.keys() == {
         "brightness/mean",
+        "brightness/half",
         "brightness/value",
+        "brightness/strict",
         "jpeg-incompressibility/kilobytes",
         "jpeg-incompressibility/value",
     }
@@ -73,8 +77,64 @@ def test_one_scorer_alone_keeps_its_names_and_values() -> None:
     alone = Brightness().score(images, PROMPTS)
     scores = Reward([Term(Brightness())]).score(images, PROMPTS)
     np.testing.assert_array_equal(scores.value, alone.value)
-    assert scores.details.keys() == {"mean"}
+    assert scores.details.keys() == {"mean", "half"}
     assert records(Reward([Term(Brightness())]), images, PROMPTS)[0] == {"brightness": {"text": "picture 0"}}
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"), [("value", [10, 100, 200]), ("strict", [0, 0, 1]), ("half", [5, 50, 100])]
+)
+def test_a_term_rewards_the_output_it_names_less_its_offset(output: str, expected: list[float]) -> None:
+    term = Term(Brightness(), weight=2.0, scale=4.0, output=output, offset=3.0)
+    scores = Reward([term]).score(greys(10, 100, 200), PROMPTS)
+    np.testing.assert_array_equal(scores.value, 2 * (np.array(expected) - 3) / 4)
+    assert scores.value.dtype == np.float32
+    assert not scores.failed.any()
+    np.testing.assert_array_equal(scores.details["value"], [10, 100, 200])
+    assert scores.strict is not None and scores.strict.tolist() == [0, 0, 1]
+
+
+def test_of_several_scorers_each_keeps_its_value_and_its_strict_answer() -> None:
+    other = Brightness()
+    other.name = "other"  # type: ignore[misc]
+    other.threshold = 50
+    scores = Reward([Term(Brightness()), Term(JpegCompressibility()), Term(other)]).score(greys(10, 70, 200), PROMPTS)
+    assert scores.strict is not None and scores.strict.tolist() == [0, 0, 1]
+    assert scores.details["brightness/strict"].tolist() == [0, 0, 1]
+    assert scores.details["other/strict"].tolist() == [0, 1, 1]
+    assert "jpeg-compressibility/strict" not in scores.details
+    assert {"brightness/value", "jpeg-compressibility/value", "other/value"} <= scores.details.keys()
+
+
+@pytest.mark.parametrize("output", ["missing", "strict", "half"])
+def test_a_picture_without_the_rewarded_output_is_failed_with_the_reason(output: str) -> None:
+    results: list[ImageScore | str] = [
+        ImageScore(1.0, strict=1.0, details={"half": 2.0, "missing": 1.0}),
+        ImageScore(1.0, strict=None, details={"half": float("inf")}),
+        "it is broken",
+    ]
+    scores = combine([("a", Term(Brightness(), output=output), Scores.collect(results))])
+    assert scores.failed.tolist() == [False, True, True]
+    assert np.isnan(scores.value).tolist() == [False, True, True]
+    assert scores.errors[1] is not None
+    assert scores.errors[1].startswith(f"the scorer 'a' gave no '{output}' (outputs: value, strict, half")
+    assert (scores.errors[0], scores.errors[2]) == (None, "it is broken")
+
+
+def test_an_output_the_scorer_does_not_report_is_refused_when_it_is_loaded() -> None:
+    reward = Reward([Term(JpegCompressibility()), Term(Brightness(), output="haf")])
+    reward.check_prompts(PROMPTS)
+    with pytest.raises(ConfigError, match=r"brightness\.output is 'haf'.*mean 'half'\? .* value, strict, mean, half\."):
+        reward.load()
+    with pytest.raises(ConfigError, match=r"outputs are value, kilobytes\."):
+        check_output(JpegCompressibility(), "strict", PROMPTS[0])
+
+
+def test_outputs_that_are_reported_and_pictures_that_tell_nothing_pass() -> None:
+    reward = Reward([Term(Brightness(), output=output) for output in ("value", "strict", "half")])
+    reward.check_prompts(PROMPTS)
+    reward.load()
+    check_output(Brightness(refused=127), "haf", PROMPTS[0])
 
 
 def test_strict_is_that_of_the_first_scorer_that_has_one() -> None:
