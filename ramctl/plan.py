@@ -180,6 +180,8 @@ class Plan:
         """What would stop the run, one line each; empty when it can start."""
         found = [f"{source.name}: {source.detail}" for source in self.sources if source.status == "missing"]
         found += [f"scorer {scorer.name}: {scorer.detail}" for scorer in self.scorers if not scorer.ready]
+        if self.sizes.processes > self.sizes.images:
+            found.append(f"processes: {self.sizes.processes} cannot share {self.sizes.images} pictures per step")
         if self.memory is not None and not self.memory.fits:
             limit = "the card has" if self.memory.card else "is free"
             remedy = _LESS + (_PARK if self.device == "cuda" else "")
@@ -189,7 +191,7 @@ class Plan:
         return found
 
 
-def make_plan(config: Config, processes: int, device: str, card: int | None = None) -> Plan:
+def make_plan(config: Config, processes: int, device: str, card: int | None = None, output: Path | None = None) -> Plan:
     """The plan of a run.
 
     Args:
@@ -198,6 +200,7 @@ def make_plan(config: Config, processes: int, device: str, card: int | None = No
         device: "cpu", "cuda", or "auto" (CUDA where there is one, or a card is asked about).
         card: memory in bytes of the GPU (each process' own) that the run is planned for, wherever it is planned; None:
             this machine's devices.
+        output: the run folder; ``outputs/<name>`` by default.
 
     Raises:
         ConfigError: the configuration does not fit the model (resolution, LoRA targets).
@@ -219,7 +222,7 @@ def make_plan(config: Config, processes: int, device: str, card: int | None = No
     if skeleton is not None:
         parameters = _parameters(skeleton)
         memory = _memory(config, skeleton, sizes, batches, place, card)
-        disk = _disk(config, parameters)
+        disk = _disk(config, parameters, output)
     return Plan(
         name=config.name,
         device=device,
@@ -399,10 +402,10 @@ def _free_memory(device: torch.device) -> int | None:
     return memory_bytes()[1]
 
 
-def _disk(config: Config, parameters: Parameters) -> Disk:
+def _disk(config: Config, parameters: Parameters, output: Path | None) -> Disk:
     # Three weight sets and AdamW's two moments. On disk at once: those kept, the best one, and one being written.
     checkpoint = 5 * parameters.trainable * _FLOAT32
-    folder = Path("outputs", config.name).absolute()
+    folder = (output or Path("outputs", config.name)).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     most = (config.checkpoint.keep + 2) * checkpoint
     return Disk(checkpoint, most, shutil.disk_usage(existing).free, folder)
@@ -529,6 +532,7 @@ def _prompt_file(name: str, path: str) -> tuple[FileSource, list[Prompt]]:
 
 def _scorers(config: Config, prompts: list[Prompt]) -> tuple[ScorerStatus, ...]:
     """Each scorer of the reward, loaded and shown the training prompts."""
+    from ramctl.scorers.composite import check_output
     from ramctl.scorers.registry import create
 
     statuses = []
@@ -537,6 +541,8 @@ def _scorers(config: Config, prompts: list[Prompt]) -> tuple[ScorerStatus, ...]:
         try:
             scorer.ensure_loaded()
             scorer.check_prompts(prompts)
+            if prompts:
+                check_output(scorer, term.output, prompts[0])
         except (RamctlError, ImportError) as error:
             statuses.append(ScorerStatus(name, False, str(error)))
         else:

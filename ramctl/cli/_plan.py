@@ -11,6 +11,8 @@ from ramctl.errors import UsageError
 from ramctl.plan import SCORERS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ramctl.plan import Memory, Plan
     from ramctl.settings import Settings
 
@@ -19,12 +21,15 @@ _UNKNOWN = "unknown until the model is there"
 _MARKS = {"found": "✓", "download": "↓", "missing": "✗"}
 
 
-def show_plan(settings: Settings, *, processes: int, gpu_memory: float | None = None) -> None:
+def show_plan(
+    settings: Settings, *, processes: int, gpu_memory: float | None = None, output: Path | None = None
+) -> None:
     """Print the resolved settings and the plan of the run they describe; nothing is trained.
 
     Args:
         settings: the run's.
         processes: how many share each step.
+        output: the run folder; ``outputs/<name>`` by default.
         gpu_memory: GiB of a GPU to plan for instead of this machine's devices: cards sold with 24 GB have 24 GiB.
 
     Raises:
@@ -37,7 +42,7 @@ def show_plan(settings: Settings, *, processes: int, gpu_memory: float | None = 
     if gpu_memory is not None and not math.isfinite(gpu_memory):
         raise UsageError(f"--gpu-memory is {gpu_memory}; give the card's memory in GB, e.g. --gpu-memory 24.")
     card = None if gpu_memory is None else int(gpu_memory * _GIB)
-    plan = make_plan(settings.config, processes, settings.config.runtime.device, card)
+    plan = make_plan(settings.config, processes, settings.config.runtime.device, card, output)
     say(settings_toml(settings, [f"{plan.name}, resolved; comments say where a value came from"]).rstrip() + "\n")
     render_plan(plan)
 

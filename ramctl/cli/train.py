@@ -57,7 +57,7 @@ def train(
     if dry_run:
         from ramctl.cli._plan import show_plan
 
-        show_plan(settings, processes=num_processes, gpu_memory=gpu_memory)
+        show_plan(settings, processes=num_processes, gpu_memory=gpu_memory, output=output)
         return
     if num_processes > 1:
         from ramctl.launch import is_launched, launch

@@ -46,3 +46,15 @@ def test_a_question_that_makes_no_sense_is_one_line_and_exit_code_2(
 def test_a_card_has_a_size(tiny_preset: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     code, _, error = ramctl(capsys, tiny_preset, "--dry-run", "--gpu-memory", size)
     assert code == 2 and "--gpu-memory" in error
+
+
+def test_the_run_that_is_planned_is_the_one_asked_for(
+    tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "elsewhere"
+    words = ("--dry-run", "--output", folder, "--num-processes", "5", "--max_failed_share", "1")
+    _, _, error = ramctl(capsys, tiny_preset, *words, "--reward.scorers.jpeg-compressibility.output", "strickt")
+    assert str(folder) in error.replace("\n", "")
+    assert "5 cannot share 4 pictures per step" in error
+    assert "is 'strickt', which this scorer does not report" in error
+    assert not folder.exists()
