@@ -143,7 +143,7 @@ def test_figures_are_in_the_file_as_soon_as_they_are_known(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_command_measures_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "tinyworld", "--fraction", "1/8", "--repeats", "1", "--json", str(tmp_path / "step.json")]
+    arguments = ["--model", "tinyworld", "--fraction", "1/12", "--repeats", "1", "--json", str(tmp_path / "step.json")]
     arguments += ["--set", "rollout.images_per_prompt", "2", "--set", "rollout.sampling_steps", "2"]
     arguments += ["--scorer", "stand-in", "--scorer-seconds", "0"]  # of two real rewards both may be equal
     assert ram_step.main(arguments) == 0

@@ -56,12 +56,15 @@ def test_values_stay_in_the_declared_range() -> None:
     assert low == -high and high == pytest.approx(100 / 26)
 
 
-@pytest.mark.parametrize("entry", ["pickscore", "clip-vit-h14-tokenizer"])
-def test_each_missing_part_is_named(clip_files: Any, entry: str) -> None:
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [("pickscore", "scorer:pickscore"), ("clip-vit-h14-tokenizer", "clip-vit-h14-tokenizer")],  # a preset has the name
+)
+def test_each_missing_part_is_named(clip_files: Any, entry: str, name: str) -> None:
     clip_files.pickscore()
     for file in (clip_files.root / entry).iterdir():
         file.unlink()
-    with pytest.raises(MissingDependencyError, match=f"ramctl download-weights {entry}"):
+    with pytest.raises(MissingDependencyError, match=f"ramctl download-weights {name}"):
         PickScoreScorer(device="cpu").ensure_loaded()
 
 
