@@ -18,7 +18,6 @@ from ramctl.config import Config
 from ramctl.engine.distributed import World
 from ramctl.engine.evaluation import Evaluation, evaluate
 from ramctl.engine.metrics import Column, paired_interval, reward_metrics
-from ramctl.engine.micro_batch import auto_micro_batch
 from ramctl.engine.policy import Policy
 from ramctl.engine.trainer import phase_batch
 from ramctl.errors import ScorerError
@@ -48,8 +47,7 @@ class HeldOut:
     ) -> None:
         self.config, self.backbone, self.policy, self.reward = config, backbone, policy, reward
         self.prompts, self.world, self.folder, self.observer = list(prompts), world, folder, observer
-        size = config.rollout.micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=False)
-        self.batch = phase_batch(size, "sample")
+        self.batch = phase_batch(config, backbone, "sample")
         self.shown = self._selection(config.evaluation.picture_prompts)
         lines = json.dumps([prompt.to_json() for prompt in self.prompts], sort_keys=True)
         self.digest = hashlib.sha256(lines.encode()).hexdigest()

@@ -367,8 +367,9 @@ def _resident(
     config: Config, skeleton: Skeleton, sizes: Sizes, device: torch.device, card: int | None
 ) -> dict[str, int]:
     """Bytes that stay through a whole step, by part; without the scorers'."""
+    from ramctl.backbones.read_sd3 import DTYPES
     from ramctl.backbones.sd3 import parks_encoders
-    from ramctl.plan_memory import DTYPES, tensor_bytes
+    from ramctl.plan_memory import tensor_bytes
 
     policy, text = skeleton.policy, skeleton.text
     trained = tensor_bytes(policy.parameters.values())

@@ -20,13 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ramctl.backbones.base import TextEmbeddings
-from ramctl.backbones.read_sd3 import quiet, quiet_import
+from ramctl.backbones.read_sd3 import DTYPES, quiet, quiet_import
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config, ModelSection
 from ramctl.engine.objective import regression_loss
 from ramctl.engine.policy import Policy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Tokens of a CLIP tokenizer that does not say how many.
 _CLIP_TOKENS = 77
 

@@ -90,9 +90,12 @@ _PHASES = {
 }
 
 
-def phase_batch(size: int, phase: str) -> MicroBatch:
-    """The passes of ``sample``, ``sweep`` or ``train``, ``size`` at once; its message names the keys that help."""
+def phase_batch(config: Config, backbone: Backbone, phase: str) -> MicroBatch:
+    """The passes of ``sample``, ``sweep`` or ``train``, as many at once as the config says or else suit the device."""
     doing, key = _PHASES[phase]
+    section, name = key.split(".")
+    given = int(getattr(getattr(config, section), name))
+    size = given or auto_micro_batch(backbone.latent_shape, backbone.device, training=phase == "train")
     remedy = f"Lower {key}, set train.gradient_checkpointing = true, or set model.text_encoders = parked."
     return MicroBatch(size, doing, remedy)
 
@@ -147,13 +150,7 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
         )
         self.time_grid = _time_grid(config, backbone)
-        shape, device = backbone.latent_shape, backbone.device
-        without_gradient = auto_micro_batch(shape, device, training=False)
-        self.batches = {
-            "sample": phase_batch(config.rollout.micro_batch or without_gradient, "sample"),
-            "sweep": phase_batch(config.train.sweep_micro_batch or without_gradient, "sweep"),
-            "train": phase_batch(config.train.micro_batch or auto_micro_batch(shape, device, training=True), "train"),
-        }
+        self.batches = {phase: phase_batch(config, backbone, phase) for phase in _PHASES}
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
