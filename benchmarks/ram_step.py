@@ -40,6 +40,8 @@ from benchmarks.step_pair import (
     resolve,
 )
 from benchmarks.step_phases import ONLY, only_phase
+from benchmarks.step_variants import VARIANTS, run_variants
+from ramctl.config import Config
 from ramctl.engine.trainer import RewardFunction
 from ramctl.training import make_reward
 
@@ -67,8 +69,12 @@ def medians(steps: Sequence[MeasuredStep]) -> dict[str, float]:
     return {name: statistics.median(step.seconds.get(name, 0.0) for step in steps) for name in steps[0].seconds}
 
 
-def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats: int, end: float) -> None:
-    """Warm-up, then up to ``repeats`` interleaved pairs, no further one when it would end after ``end``."""
+def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats: int, end: float) -> dict[str, float]:
+    """Warm-up, then up to ``repeats`` interleaved pairs, no further one when it would end after ``end``.
+
+    Returns:
+        ramctl's seconds by phase, the medians.
+    """
     clock = instrument(pair.trainer)
     plain = plain_step(pair)
     record.add("warm_up/plain", plain.seconds, f"warm-up, plain loop: {plain.seconds['total']:.2f} s")
@@ -111,6 +117,7 @@ def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats:
         "reward_hidden", hidden, f"scoring took {ours_median['reward']:.2f} s, {hidden:.2f} s of it under the sweeps"
     )
     _record_memory(record, our_steps[-1].peak_bytes, plain_steps[-1].peak_bytes)
+    return ours_median
 
 
 def _record_memory(record: Record, ours: int | None, plain: int | None) -> None:
@@ -145,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="runtime.compile for ramctl")
     add("--only", choices=ONLY, help="measure this phase alone")
     add("--trial", action="append", default=[], help="lay a change of benchmarks/trials.py over ramctl; repeatable")
+    add("--variant", action="append", default=[], choices=VARIANTS, help="after the pairs, ramctl's step so changed")
     add("--repeats", type=int, default=3, help="measured pairs")
     add("--minutes", type=float, default=7.0, help="start no further pair that would end later")
     add("--plain-micro-batch", type=int, default=0, help="of the plain loop; default: what ramctl would train with")
@@ -164,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
-    overrides = [tuple(pair) for pair in asked.set]
+    overrides = [("runtime.compile", str(asked.compile).lower()), *(tuple(pair) for pair in asked.set)]
     embedded = asked.model == "tinyworld" or (asked.model is None and asked.preset.endswith("-tiny"))
     random = not embedded and asked.model in (None, RANDOM)
     if not random:
@@ -226,7 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.only:
             _run_only(pair, record, asked.only, asked.repeats)
         else:
-            run_pairs(pair, record, flops, peak, repeats=asked.repeats, end=began + 60 * asked.minutes)
+            end = began + 60 * asked.minutes
+            base = run_pairs(pair, record, flops, peak, repeats=asked.repeats, end=end)
+
+            def remade(keys: Mapping[str, str]) -> Config:
+                return resolve(asked.preset, fraction=asked.fraction, overrides=[*overrides, *keys.items()])
+
+            run_variants(pair, asked.variant, record, base, remade, end=end)
     return 0
 
 

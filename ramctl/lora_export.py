@@ -181,7 +181,10 @@ def with_lora(model: OpenModel, file: Path, updates: Updates | None = None) -> W
     check_lora(model.source)
     found = read_lora(file) if updates is None else updates
     merge = MergedUpdates(model.backbone.transformer, found, f"LoRA file {file}")
-    fields = {name: getattr(model, name) for name in ("source", "model", "precision", "which", "backbone", "policy")}
+    fields = {
+        name: getattr(model, name)
+        for name in ("source", "model", "precision", "which", "backbone", "policy", "compiled")
+    }
     return WithLora(**fields, file=file, merge=merge)
 
 

@@ -6,7 +6,7 @@ Nothing is trained, drawn or downloaded, and no weight of the model is read. Mem
              + trained weights * (1 policy + 1 gradient + 2 AdamW moments + 2 lagged sets), float32
              + text embeddings and endpoints of the step + the scorers' weights + the libraries
     embed    = resident, without endpoints, + the largest text encoder where they are parked
-    sample   = resident + one guided pass at the sampling micro-batch
+    sample   = resident + one guided pass at the sampling micro-batch + the 8-bit weights of rollout.float8
     decode   = resident + one decoding at the sampling micro-batch
     sweep    = resident + one pass at the sweep micro-batch + stored velocities
     train    = resident + one forward and backward pass at the training micro-batch + stored velocities
@@ -277,14 +277,14 @@ def _forwards(config: Config, skeleton: Skeleton | None) -> Forwards:
 def _micro_batches(
     config: Config, sizes: Sizes, skeleton: Skeleton | None, device: torch.device, card: int | None
 ) -> MicroBatches:
-    from ramctl.engine.micro_batch import auto_micro_batch
+    from ramctl.engine.micro_batch import auto_micro_batch, even_batch
 
     def size(given: int, most: int, *, training: bool) -> int | None:
         if not given:
             if skeleton is None:
                 return None
             given = auto_micro_batch(skeleton.backbone.latent_shape, device, training=training, card=card)
-        return min(given, most)
+        return even_batch(most, given)
 
     def batches(total: int, batch: int | None) -> int | None:
         return None if batch is None else math.ceil(total / batch)
@@ -339,14 +339,15 @@ def _memory(
         device,
         {"sampling": batches.sampling, "sweep": batches.sweep, "training": batches.training},
     )
-    one_set = sizes.items_per_process * math.prod(skeleton.backbone.latent_shape) * _FLOAT32
+    one_set = sizes.items_per_process * math.prod(skeleton.backbone.latent_shape)
+    one_set *= skeleton.backbone.velocity_dtype.itemsize
     stored = (4 if config.ram.path_cost else 2) * one_set
     base = sum(resident.values())
     # Parked encoders come one at a time while the step's prompts are embedded, before there are endpoints.
     parked = 0 if resident["text encoders"] else max(_encoder_bytes(skeleton))
     phases = {
         "embed": base - resident["endpoints"] + parked,
-        "sample": base + passes.sampling,
+        "sample": base + passes.sampling + (_float8_bytes(skeleton) if config.rollout.float8 else 0),
         "decode": base + passes.decoding,
         "sweep": base + passes.sweep + stored,
         "train": base + passes.training + stored,
@@ -355,6 +356,12 @@ def _memory(
     sharers = sizes.processes if device.type == "cpu" else 1
     available = _free_memory(device) if card is None else card
     return Memory(resident, phases, available, sharers, card is not None, scorers.unknown)
+
+
+def _float8_bytes(skeleton: Skeleton) -> int:
+    from ramctl.backbones.float8 import float8_layers
+
+    return sum(layer.weight.numel() for layer in float8_layers(skeleton.policy.frozen))
 
 
 def _encoder_bytes(skeleton: Skeleton) -> list[int]:

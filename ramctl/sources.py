@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -69,7 +69,8 @@ class Source:
 class OpenModel:
     """A source with its weights loaded.
 
-    ``model`` and ``precision`` are what was loaded, after any choice of the caller's; ``which`` is the weight set.
+    ``model`` and ``precision`` are what was loaded, after any choice of the caller's; ``which`` is the weight set, and
+    ``compiled`` says whether its networks are (their pictures differ in rounding).
     """
 
     source: Source
@@ -78,6 +79,7 @@ class OpenModel:
     which: Which
     backbone: Backbone
     policy: Policy | None
+    compiled: bool = field(default=False, kw_only=True)
 
     @property
     def label(self) -> str:
@@ -160,6 +162,7 @@ def open_source(
     device: torch.device | str = "auto",
     precision: str | None = None,
     which: str = "evaluation",
+    compile: bool = False,
 ) -> OpenModel:
     """Load a source.
 
@@ -168,6 +171,7 @@ def open_source(
         device: where the networks live; "auto" takes CUDA where there is one.
         precision: None as the config says; "float32" computes and stores everything in float32.
         which: the weight set of a checkpoint.
+        compile: let ``runtime.compile`` count, which pays where many pictures are drawn on a GPU.
 
     Raises:
         CheckpointError: a damaged file (it is named), or weights that do not fit the base model.
@@ -197,7 +201,10 @@ def open_source(
             "If it has moved, say where it is with --base FOLDER."
         ) from error
     policy = _load_policy(found, backbone, chosen_set) if found.checkpoint is not None else None
-    return OpenModel(found, model, chosen, chosen_set, backbone, policy)
+    compiled = compile and runtime.compile and place.type == "cuda"
+    if compiled:
+        backbone.compile(backbone.transformer if policy is None else policy.frozen)
+    return OpenModel(found, model, chosen, chosen_set, backbone, policy, compiled=compiled)
 
 
 def weight_hashes(model: ModelSection) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import ramctl
+from ramctl.backbones.float8 import has_float8_products
 from ramctl.backbones.registry import load_backbone
 from ramctl.config import Config
 from ramctl.engine.checkpoint import CheckpointStore
@@ -181,6 +182,11 @@ class Run:
                 f"{self.world.size} processes cannot share {config.images_per_step} pictures per step "
                 "(rollout.prompts_per_step times rollout.images_per_prompt). Use fewer processes."
             )
+        if config.rollout.float8 and not has_float8_products(self.device):
+            raise ConfigError(
+                f"rollout.float8 needs a GPU with 8-bit matrix products (compute capability 8.9 or more), which "
+                f"{self.device} is not. Leave it false."
+            )
         train_prompts = read_prompts(find_resource(config.prompts.train))
         held_out = self._held_out()
         self.prompt_hashes = prompt_hashes(config)
@@ -197,7 +203,7 @@ class Run:
         policy = Policy(backbone, config.lora, seed=config.train.seed)
         if config.train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing(policy.live)
-        if config.runtime.compile:
+        if config.runtime.compile and self.device.type == "cuda":
             self.observer.note("Compiling while the first step runs, which takes longer than the others")
             for network in (policy.live, policy.frozen):
                 backbone.compile(network)

@@ -19,7 +19,8 @@ reward.scorers.NAME.weight reward.scorers.NAME.output reward.scorers.NAME.offset
 reward.scorers.NAME.options.OPTION
 reward.max_failed_share reward.self_test
 rollout.prompts_per_step rollout.images_per_prompt rollout.sampling_steps rollout.sampler
-rollout.guidance_scale rollout.guidance_min_noise rollout.guidance_max_noise rollout.micro_batch
+rollout.guidance_scale rollout.guidance_min_noise rollout.guidance_max_noise
+rollout.float8 rollout.micro_batch
 ram.reward_multiplier ram.noisings_per_image ram.updates_per_step ram.time_power ram.time_grid ram.stratify_times
 ram.min_time ram.max_time ram.advantage_scale ram.advantage_epsilon ram.advantage_clip ram.old_ema_decay
 ram.old_ema_warmup ram.old_ema_offset ram.path_cost ram.path_cost_min_time

@@ -300,9 +300,10 @@ def test_a_card_sets_micro_batches_parking_and_what_is_there(config: MakeConfig)
     small, large = (plan.memory for plan in plans.values())
     assert small is not None and large is not None
     assert {plan.device for plan in plans.values()} == {"cuda"}
-    # 16,384 image tokens a training pass on 80 GB, a quarter on 24 GB; four times that without gradients.
-    assert (plans[24].micro_batches.training, plans[24].micro_batches.sampling) == (256, 1024)
-    assert (plans[80].micro_batches.training, plans[80].micro_batches.sampling) == (1024, 2400)
+    # 16,384 image tokens a training pass on 80 GB, a quarter on 24 GB; four times that without gradients. The 2,400
+    # pictures and 7,200 items of a process are taken in passes of equal size, no larger than that.
+    assert (plans[24].micro_batches.training, plans[24].micro_batches.sampling) == (249, 800)
+    assert (plans[80].micro_batches.training, plans[80].micro_batches.sampling) == (900, 2400)
     assert small.resident["text encoders"] == 0 and large.resident["text encoders"] > 0
     assert (small.available, small.sharers, small.card) == (24 * GIB, 1, True)
 
@@ -367,7 +368,7 @@ def test_a_missing_model_is_said_not_raised(config: MakeConfig, path: str, remed
     assert status == "missing" and path in detail and remedy in detail
     assert (plan.parameters, plan.memory, plan.disk) == (None, None, None)
     assert plan.forwards.training == 18
-    assert (plan.micro_batches.training, plan.micro_batches.sampling) == (4, None)
+    assert (plan.micro_batches.training, plan.micro_batches.sampling) == (3, None)  # nine items, three passes
     assert plan.problems == [f"model {path}: {detail}"]
 
 

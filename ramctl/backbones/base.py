@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,11 @@ class Backbone(ABC):
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """Embed N prompts, without gradient."""
 
+    @property
+    def velocity_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds what :meth:`velocity` returns exactly: what the network computes in."""
+        return torch.float32
+
     @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
         """v(x_t, t | text) without guidance, float32 [N, C, h, w]; t float [N] in [0, 1]. Keeps gradients."""
@@ -114,6 +120,10 @@ class Backbone(ABC):
     @abstractmethod
     def compile(self, network: nn.Module) -> None:
         """Let torch.compile fuse the network's repeated blocks, in place; the first passes of each size take longer."""
+
+    @abstractmethod
+    def float8(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the frozen ``network`` multiplies in 8 bits: faster, and good enough to draw pictures with."""
 
     @abstractmethod
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:

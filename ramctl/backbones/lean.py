@@ -1,6 +1,6 @@
-"""The two layers of a transformer that cost more in the libraries than they need, computed with fewer passes.
+"""The layers of a transformer that cost more in the libraries than they need, computed with fewer passes.
 
-Both compute what the library's layer computes. In float32 they agree to rounding; under bfloat16 autocast both are
+Each computes what the library's layer computes. In float32 they agree to rounding; under bfloat16 autocast both are
 equally far from float32 (``benchmarks/README.md`` has the figures).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
@@ -51,6 +52,37 @@ class LoraLinear(Linear):  # type: ignore[misc]
             and self.lora_A[adapter].bias is None
             and self.lora_B[adapter].bias is None
         )
+
+
+class GpuGelu(GELU):  # type: ignore[misc]
+    """diffusers' gelu(x·Wᵀ + b): on a GPU and without gradient, bias and gelu are part of the matrix product.
+
+    A kernel of its own for them reads and writes the widest activation of a block once more. cuBLAS' gelu is the tanh
+    approximation, so layers with the exact one are left alone. It is applied before the product is rounded.
+    """
+
+    @classmethod
+    def adopt(cls, network: nn.Module) -> None:
+        """Let every tanh-gelu layer of the network be one of these; parameters and their names stay."""
+        for module in network.modules():
+            if type(module) is GELU and module.approximate == "tanh":
+                module.__class__ = cls
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., out] from [..., in]."""
+        if hidden_states.is_cuda and not torch.is_grad_enabled() and type(self.proj) is nn.Linear:
+            device = hidden_states.device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+            if autocast in (torch.bfloat16, torch.float16):
+                return self.in_one(hidden_states.to(autocast))
+        result: Tensor = super().forward(hidden_states)
+        return result
+
+    def in_one(self, x: Tensor) -> Tensor:
+        """The layer in the input's dtype by one call (on a CPU torch takes the exact gelu there)."""
+        weight, bias = self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)
+        result: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return result.view(*x.shape[:-1], -1)
 
 
 class CpuJointAttention:

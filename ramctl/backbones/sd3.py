@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
+from ramctl.backbones.float8 import float8_products
 from ramctl.backbones.parking import ParkedNetwork
 from ramctl.backbones.read_sd3 import quiet, read_pipeline
 from ramctl.config import LoraSection, ModelSection
@@ -75,7 +78,7 @@ class StableDiffusion3(Backbone):
         pipeline.vae.requires_grad_(False).eval().to(device)
         self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
         shape: Any = pipeline.transformer.config
-        self.choose_attention(self.transformer, device)
+        self.choose_layers(self.transformer, device)
         pipeline.vae.to(memory_format=torch.channels_last)
         side, remainder = divmod(spec.resolution, pipeline.vae_scale_factor)
         patch = shape.patch_size
@@ -88,6 +91,7 @@ class StableDiffusion3(Backbone):
         self.latent_shape = (shape.in_channels, side, side)
         self._shift = float(pipeline.scheduler.config.shift)
         self._empty: TextEmbeddings | None = None
+        self._compiled_decoder = False
         self._prompts_at_once = MicroBatch(_PROMPTS_AT_ONCE, "embedding prompts,", _TEXT_REMEDY)
 
     @classmethod
@@ -96,13 +100,15 @@ class StableDiffusion3(Backbone):
         return cls(read_pipeline(spec), spec, device, autocast)
 
     @staticmethod
-    def choose_attention(network: nn.Module, device: torch.device) -> None:
-        """Attention that suits the device; diffusers' own unless it is a CPU."""
+    def choose_layers(network: nn.Module, device: torch.device) -> None:
+        """Leaner layers that suit the device, where there are such; else diffusers' own stay."""
+        from ramctl.backbones.lean import CpuJointAttention, GpuGelu
+
         shape: Any = network.config
         if device.type == "cpu" and shape.qk_norm in (None, "rms_norm"):
-            from ramctl.backbones.lean import CpuJointAttention
-
             network.set_attn_processor(CpuJointAttention())  # type: ignore[operator]
+        if device.type == "cuda":
+            GpuGelu.adopt(network)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -130,6 +136,12 @@ class StableDiffusion3(Backbone):
                 max_sequence_length=self.spec.max_sequence_length if self.spec.use_t5 else 0,
             )
         return TextEmbeddings(tokens, pooled)
+
+    @property
+    def velocity_dtype(self) -> torch.dtype:
+        """That of the transformer's last layer, which autocast narrows."""
+        weights: torch.dtype = self.transformer.proj_out.weight.dtype  # type: ignore[union-attr,assignment]
+        return self._autocast_dtype or weights
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
         """v(x_t, t | text), float32; the network reads t·1000."""
@@ -192,7 +204,11 @@ class StableDiffusion3(Backbone):
     def decode(self, latents: Tensor) -> Tensor:
         """VAE decoding, clamping, and one rounding to uint8 [N, H, W, 3] on the CPU; a few pictures at a time."""
         at_once = max(1, _PIXELS_AT_ONCE // self.spec.resolution**2)
-        parts = [self._decode(part) for part in torch.split(latents, at_once)]
+        parts = []
+        for part in torch.split(latents, at_once):
+            # A smaller last part is not worth the half minute that compiling for its size takes.
+            with torch.compiler.set_stance("default" if len(part) == at_once else "force_eager"):
+                parts.append(self._decode(part))
         return torch.cat(parts).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -209,12 +225,24 @@ class StableDiffusion3(Backbone):
         network.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def compile(self, network: nn.Module) -> None:
-        """Block by block: the three kinds of block are compiled once each, not all twenty-four."""
+        """Block by block, and the autoencoder's decoder whole: the three kinds of block are compiled once each, not all
+        twenty-four. The first batch size gets code of its own; where a second one comes, code for any size is made.
+        """
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own calls
         # One entry for each kind of block, batch size, and with or without gradient; the default of eight would send
         # the rest back to eager mode without a word.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        # It warns of each candidate that it does not try.
+        logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
         for block in network.transformer_blocks:  # type: ignore[union-attr]
-            block.compile(dynamic=False)
+            block.compile()
+        if not self._compiled_decoder:
+            self._compiled_decoder = True
+            self._pipeline.vae.decoder.compile(dynamic=False)
+
+    def float8(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """The blocks' attention and feed-forward layers."""
+        return float8_products(network)
 
     def add_lora(self, network: nn.Module, lora: LoraSection) -> None:
         """One peft adapter named ``default``; its weights are float32 and the only trainable ones."""

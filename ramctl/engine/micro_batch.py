@@ -13,9 +13,9 @@ from ramctl.errors import OutOfMemoryError
 
 T = TypeVar("T")
 
-#: Image tokens of a training pass on a card with this many bytes (80 GB cards report a little less); with half as many
-#: bytes, half the tokens.
-_GPU_TOKENS, _ROOMY_GPU = 16_384, 75e9
+#: Image tokens of a training pass on a card with this many bytes (80 GB cards report a little more); with half as many
+#: bytes, half the tokens, and with twice as many (an H200) twice, beyond which a pass does not get faster.
+_GPU_TOKENS, _ROOMY_GPU, _MOST_TOKENS = 16_384, 74e9, 32_768
 #: The same for any pass on a CPU. Larger batches spread the cost of starting an operation and its threads; but a
 #: network that draws pictures of more than ``_FEW_TOKENS`` is itself large, and trains on a quarter.
 _CPU_TOKENS, _FEW_TOKENS = 4_096, 256
@@ -27,8 +27,8 @@ def auto_micro_batch(
     """Pictures per pass when the preset does not say: a budget of image tokens (2x2 latent patches).
 
     A no-gradient pass keeps no activations and on a GPU takes four times the pictures of a training pass. At 512 pixels
-    on a GPU of 80 GB or more this gives 16 for training, on one of 24 GB 4. On a CPU pictures of 64 pixels are taken
-    256 at a time, pictures of 512 pixels four at a time, and one for training.
+    on a GPU of 80 GB this gives 16 for training, on one of 141 GB 32, on one of 24 GB 4. On a CPU pictures of 64 pixels
+    are taken 256 at a time, pictures of 512 pixels four at a time, and one for training.
 
     ``card`` is the memory in bytes of a GPU that is planned for; None: that of the ``device`` itself.
     """
@@ -45,8 +45,15 @@ def _tokens_on_gpu(device: torch.device, card: int | None) -> int:
         if not torch.cuda.is_available():
             return _GPU_TOKENS
         card = torch.cuda.get_device_properties(device).total_memory
-    share = card / _ROOMY_GPU
-    return _GPU_TOKENS if share >= 1 else int(_GPU_TOKENS * 2.0 ** math.floor(math.log2(share)))
+    return min(_MOST_TOKENS, int(_GPU_TOKENS * 2.0 ** math.floor(math.log2(card / _ROOMY_GPU))))
+
+
+def even_batch(total: int, most: int) -> int:
+    """The smallest size that takes ``total`` items in as few passes as ``most`` at once: 48 for 96 items and 64.
+
+    Passes of one size are one shape, which torch.compile compiles once and which leaves no small last pass.
+    """
+    return math.ceil(total / math.ceil(total / most)) if total else most
 
 
 def drawing_batch(size: int) -> MicroBatch:

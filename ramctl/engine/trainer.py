@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from ramctl.config import Config, OptimizerSection
 from ramctl.engine.advantage import group_advantages
 from ramctl.engine.distributed import World
 from ramctl.engine.metrics import reward_metrics
-from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, even_batch
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction, ram_target, regression_loss
 from ramctl.engine.path import grid_times, power_law_times
 from ramctl.engine.policy import FrozenSet, Policy, evaluation_decay, old_decay
@@ -69,7 +70,10 @@ class _Items:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """No-gradient velocities of all items of this process, in item order, and the path costs where asked for."""
+    """No-gradient velocities of all items of this process, in item order, and the path costs where asked for.
+
+    They are kept in the dtype that the network computed them in: a bfloat16 network's values are exact in bfloat16.
+    """
 
     v_ref: Tensor
     v_old: Tensor
@@ -219,18 +223,20 @@ class Trainer:
             done += count
             self.progress("sample", done, len(share))
 
-        return generate(
-            self.backbone,
-            self.policy.network("old"),
-            [prompt.text for prompt in prompts],
-            [keyed_seed(config.train.seed, "endpoint", self.step_index, i) for i in share],
-            steps=config.rollout.sampling_steps,
-            guidance_scale=config.rollout.guidance_scale,
-            sampler=config.rollout.sampler,
-            guidance_interval=config.rollout.guidance_interval,
-            micro_batch=self.batches["sample"],
-            progress=progress,
-        )
+        network = self.policy.network("old")
+        with self.backbone.float8(network) if config.rollout.float8 else nullcontext():
+            return generate(
+                self.backbone,
+                network,
+                [prompt.text for prompt in prompts],
+                [keyed_seed(config.train.seed, "endpoint", self.step_index, i) for i in share],
+                steps=config.rollout.sampling_steps,
+                guidance_scale=config.rollout.guidance_scale,
+                sampler=config.rollout.sampler,
+                guidance_interval=config.rollout.guidance_interval,
+                micro_batch=self.batches["sample"],
+                progress=progress,
+            )
 
     def _score(self, endpoints: Endpoints, prompts: list[Prompt]) -> tuple[Scores, float]:
         """This process' scores and the seconds they took, sweeps alongside included."""
@@ -290,6 +296,7 @@ class Trainer:
     ) -> Iterator[tuple[list[int], list[int], list[int]]]:
         """Micro-batches over the local pictures times ``noisings``: (local rows, global pictures, noisings)."""
         pairs = [(row, n) for row in range(len(share)) for n in noisings]
+        size = even_batch(len(pairs), size)
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
             rows = [row for row, _ in part]
@@ -301,7 +308,7 @@ class Trainer:
         items = len(share) * self.config.ram.noisings_per_image
         shape = (items, *endpoints.latents.shape[1:])
         wanted = ("old", "reference", "old_s") if self.config.ram.path_cost else ("old", "reference")
-        kept = {name: endpoints.latents.new_empty(shape) for name in wanted}
+        kept = {name: endpoints.latents.new_empty(shape, dtype=self.backbone.velocity_dtype) for name in wanted}
         if self.config.ram.path_cost:
             for name in ("cost_s", "cost_t"):
                 kept[name] = endpoints.latents.new_empty(items, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ramctl.engine.micro_batch import MicroBatch, drawing_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batch, even_batch
 from ramctl.errors import OutOfMemoryError
 
 
@@ -61,3 +61,20 @@ def test_other_errors_pass() -> None:
 def test_commands_without_a_key_for_the_size_are_told_what_they_can_do() -> None:
     with pytest.raises(OutOfMemoryError, match=r"drawing pictures, 4 at once\. Free its memory of other programs\.$"):
         drawing_batch(8).run(Card(3).work)
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "size"), [(96, 64, 48), (64, 64, 64), (65, 64, 33), (9, 4, 3), (3, 64, 3), (1, 1, 1), (0, 4, 4)]
+)
+def test_passes_are_of_equal_size_and_no_more_than_needed(total: int, most: int, size: int) -> None:
+    assert even_batch(total, most) == size
+    assert size <= most
+    if total:
+        assert -(-total // size) == -(-total // most)
+
+
+@pytest.mark.parametrize(("gigabytes", "items"), [(24, 4), (48, 8), (85, 16), (150, 32), (190, 32)])
+def test_a_card_twice_as_large_trains_on_twice_the_pictures_up_to_a_bound(gigabytes: int, items: int) -> None:
+    gpu, at_512 = torch.device("cuda"), (16, 64, 64)
+    sizes = [auto_micro_batch(at_512, gpu, training=training, card=gigabytes * 10**9) for training in (True, False)]
+    assert sizes == [items, 4 * items]

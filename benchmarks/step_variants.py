@@ -1,0 +1,131 @@
+"""ramctl's step with one thing changed or undone, after the pairs of :mod:`benchmarks.ram_step`: what each brings."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from diffusers.models.activations import GELU
+
+from benchmarks.step_figures import Record
+from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrument, ram_step
+from ramctl.backbones.lean import GpuGelu
+from ramctl.config import Config
+from ramctl.engine.trainer import RewardFunction, Trainer
+
+Change = Callable[[Pair], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _separate_gelu(pair: Pair) -> Iterator[None]:
+    """diffusers' gelu, a kernel of its own after the product."""
+    layers = [module for module in pair.policy.frozen.modules() if type(module) is GpuGelu]
+    for layer in layers:
+        layer.__class__ = GELU
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = GpuGelu
+
+
+@contextlib.contextmanager
+def _eager_decoder(pair: Pair) -> Iterator[None]:
+    decoder = pair.backbone._pipeline.vae.decoder
+    compiled, decoder._compiled_call_impl = decoder._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        decoder._compiled_call_impl = compiled
+
+
+@contextlib.contextmanager
+def _nothing(pair: Pair) -> Iterator[None]:
+    yield
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Preset keys laid over, a change of the objects, or a reward that takes this share of the sweeps' time.
+
+    ``compiles``: the first step compiles, so a second one is measured.
+    """
+
+    says: str
+    keys: Mapping[str, str] = field(default_factory=dict)
+    change: Change = _nothing
+    reward_of_sweeps: float = 0.0
+    compiles: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "float8": Variant("rollouts in 8 bits", {"rollout.float8": "true"}, compiles=True),
+    "slow-reward": Variant("a reward that takes as long as both sweeps", reward_of_sweeps=1.0),
+    "second-order": Variant(
+        "ten steps of dpm2m for twenty of euler", {"rollout.sampler": "dpm2m", "rollout.sampling_steps": "10"}
+    ),
+    "eager-decoder": Variant("the autoencoder as diffusers runs it", change=_eager_decoder),
+    "separate-gelu": Variant("gelu apart from its product", change=_separate_gelu, compiles=True),
+    "guidance-interval": Variant(
+        "guidance at noise 0.3 to 0.9 only",
+        {"rollout.guidance_min_noise": "0.3", "rollout.guidance_max_noise": "0.9"},
+        compiles=True,
+    ),
+}
+
+
+def run_variants(
+    pair: Pair,
+    names: Sequence[str],
+    record: Record,
+    base: Mapping[str, float],
+    remade: Callable[[Mapping[str, str]], Config],
+    *,
+    end: float,
+) -> None:
+    """One measured step of each variant, beside ``base``, the medians of the unchanged step; none begun after ``end``.
+
+    Args:
+        remade: the pair's config with further keys.
+    """
+    sweeps = base["sweep old"] + base["sweep ref"]
+    for name in names:
+        if time.perf_counter() > end:
+            record.add(f"variant/{name}", None, f"{name}: no time left")
+            continue
+        variant = VARIANTS[name]
+        config = remade(variant.keys)
+        reward: RewardFunction = pair.trainer.reward
+        if variant.reward_of_sweeps:
+            reward = StandInReward(variant.reward_of_sweeps * sweeps / config.images_per_step)
+        with variant.change(pair):
+            step = _measure(pair, config, reward, warm_up=variant.compiles)
+        shown = ", ".join(f"{p} {base[p]:.2f} → {step.seconds[p]:.2f}" for p in base if base[p] > 0.2)
+        ratio = step.seconds["total"] / base["total"]
+        record.add(f"variant/{name}", step.seconds, f"{name} ({variant.says}): {shown}; of the step's time {ratio:.3f}")
+
+
+def _measure(pair: Pair, config: Config, reward: RewardFunction, *, warm_up: bool) -> MeasuredStep:
+    trainer = Trainer(config, pair.backbone, pair.policy, pair.trainer.prompts, reward)
+    changed = Pair(config, pair.backbone, pair.policy, trainer, pair.plain)
+    with _unwrapped_after(pair):
+        clock = instrument(trainer)
+        if warm_up:
+            ram_step(changed, clock)
+        return ram_step(changed, clock)
+
+
+@contextlib.contextmanager
+def _unwrapped_after(pair: Pair) -> Iterator[None]:
+    """``instrument`` wraps the backbone's methods; the next variant must not find them wrapped twice."""
+    before = {name: pair.backbone.__dict__.get(name) for name in ("encode", "decode")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                pair.backbone.__dict__.pop(name, None)
+            else:
+                setattr(pair.backbone, name, value)
