@@ -11,6 +11,7 @@ from diffusers.models.activations import GELU
 
 from benchmarks.step_figures import Record
 from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrument, ram_step
+from ramctl.backbones.float8 import turn_into
 from ramctl.backbones.lean import GpuGelu
 from ramctl.config import Config
 from ramctl.engine.trainer import RewardFunction, Trainer
@@ -23,12 +24,12 @@ def _separate_gelu(pair: Pair) -> Iterator[None]:
     """diffusers' gelu, a kernel of its own after the product."""
     layers = [module for module in pair.policy.frozen.modules() if type(module) is GpuGelu]
     for layer in layers:
-        layer.__class__ = GELU
+        turn_into(layer, GELU)
     try:
         yield
     finally:
         for layer in layers:
-            layer.__class__ = GpuGelu
+            turn_into(layer, GpuGelu)
 
 
 @contextlib.contextmanager

@@ -42,13 +42,23 @@ def float8_products(network: nn.Module) -> Iterator[None]:
         weight, scale = quantized(layer.weight.detach())
         layer.register_buffer("weight_float8", weight, persistent=False)
         layer.register_buffer("weight_scale", scale.t().contiguous(), persistent=False)
-        layer.__class__ = Float8Linear
+        turn_into(layer, Float8Linear)
     try:
         yield
     finally:
         for layer in layers:
-            layer.__class__ = nn.Linear
+            turn_into(layer, nn.Linear)
             del layer.weight_float8, layer.weight_scale
+
+
+def turn_into(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a layer where compiled code notices it.
+
+    After some passes, compiled code looks at a module only when one of its attributes has been set (torch 2.11 on
+    Python 3.12: with the class alone changed, it went on as the other class and said nothing).
+    """
+    layer.__class__ = kind
+    layer.kind = kind.__name__  # type: ignore[assignment]
 
 
 def float8_layers(network: nn.Module) -> list[nn.Linear]:
@@ -77,14 +87,20 @@ class Float8Linear(nn.Linear):
         """[..., out] in autocast's dtype (else the input's) from [..., in]."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
         rows, scale = quantized(x.flatten(0, -2))
-        product: Tensor = torch._scaled_mm(
-            rows,
-            self.weight_float8.t(),
-            scale_a=scale,
-            scale_b=self.weight_scale,
-            bias=None if self.bias is None else self.bias.to(dtype),
-            out_dtype=dtype,
-            use_fast_accum=True,
-        )
+        product = _product(rows, scale, self.weight_float8, self.weight_scale, bias, dtype)
         return product.view(*x.shape[:-1], -1)
+
+
+def _product(
+    rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(rows · scale) · (weight · weight_scaleᵀ)ᵀ + bias, [n, out]; off a GPU the same numbers multiply in float32."""
+    if rows.is_cuda:
+        return torch._scaled_mm(
+            rows, weight.t(), scale_a=scale, scale_b=weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    with torch.autocast(rows.device.type, enabled=False):
+        wide = (rows.float() @ weight.float().t()) * scale * weight_scale
+    return (wide if bias is None else wide + bias.float()).to(dtype)

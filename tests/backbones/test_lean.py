@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GELU
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from ramctl.backbones.lean import CpuJointAttention, LoraLinear
+from ramctl.backbones.lean import CpuJointAttention, GpuGelu, LoraLinear
 
 
 @pytest.fixture(autouse=True)
@@ -203,3 +204,45 @@ def test_under_autocast_attention_is_as_near_to_float32_as_diffusers() -> None:
         ours = attended(layer, *inputs)
     for one, other, reference in zip(ours, theirs, exact, strict=True):
         assert 0 < distance(one, reference) < 1.5 * distance(other, reference)
+
+
+# -- gelu
+
+
+def gelu(approximate: str = "tanh") -> Any:
+    layer = GELU(48, 96, approximate=approximate)
+    network = nn.Sequential(layer)
+    GpuGelu.adopt(network)
+    return layer
+
+
+def test_gelu_in_one_call_is_the_layer() -> None:
+    """On a CPU torch takes the exact gelu, which is at most 5e-4 from the tanh approximation that a GPU takes."""
+    layer, x = gelu(), 3 * torch.randn(2, 5, 48)
+    with torch.no_grad():
+        one, plain = layer.in_one(x), GELU.forward(layer, x)
+    assert type(layer) is GpuGelu
+    assert one.shape == plain.shape == (2, 5, 96)
+    assert (one - plain).abs().max() < 1e-3
+    assert torch.allclose(one, torch.nn.functional.gelu(layer.proj(x)), atol=1e-5)
+
+
+def test_gelu_in_one_call_computes_in_the_inputs_dtype() -> None:
+    layer, x = gelu(), torch.randn(2, 5, 48)
+    with torch.no_grad():
+        assert layer.in_one(x.bfloat16()).dtype == torch.bfloat16
+        assert distance(layer.in_one(x.bfloat16()), GELU.forward(layer, x)) < 0.01
+
+
+def test_the_exact_gelu_is_left_alone() -> None:
+    assert type(gelu("none")) is GELU
+
+
+def test_off_a_gpu_and_with_gradient_it_is_the_librarys_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = gelu(), torch.randn(2, 48)
+    monkeypatch.setattr(layer, "in_one", None)
+    with autocast():
+        layer(x).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(x), GELU.forward(layer, x))
+    assert layer.proj.weight.grad is not None

@@ -6,9 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,110 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from ramctl.backbones.base import TextEmbeddings
-from ramctl.backbones.sd3 import StableDiffusion3
-from ramctl.engine import trainer as module
 from ramctl.engine.distributed import World
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction
-from ramctl.engine.policy import Policy
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
 from ramctl.engine.rollout import generate
-from ramctl.engine.trainer import RewardFunction, Trainer, gather_scores
-from ramctl.errors import ConfigError, DivergedError, OutOfMemoryError, ScorerError
-from ramctl.prompts import Prompt, read_prompts
+from ramctl.engine.trainer import Trainer, gather_scores
+from ramctl.errors import DivergedError, OutOfMemoryError, ScorerError
+from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, ImageScore, Scores
-from ramctl.settings import Settings, load_settings
 from ramctl.training import make_reward
-
-Build = Callable[..., Trainer]
-
-
-class FromPictures:
-    """The mean brightness of a picture; optionally no number for the pictures with these places in the batch."""
-
-    def __init__(self, failing: Sequence[int] = ()) -> None:
-        self.failing = failing
-
-    def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return Scores.collect(
-            [
-                "the file is broken" if i in self.failing else ImageScore(float(image.mean()) / 255)
-                for i, image in enumerate(images)
-            ]
-        )
-
-
-class Constant:
-    """The same reward for every picture."""
-
-    def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return Scores.collect([ImageScore(0.3)] * len(images))
-
-
-@pytest.fixture(scope="module")
-def pristine(tiny_settings: Settings) -> tuple[StableDiffusion3, Policy]:
-    """The embedded model with its untrained LoRA; to be copied."""
-    torch.set_num_threads(1)
-    config = tiny_settings.config
-    backbone = StableDiffusion3.load(config.model, torch.device("cpu"), None)
-    return backbone, Policy(backbone, config.lora, seed=config.train.seed)
-
-
-@pytest.fixture
-def build(tiny_preset: Path, pristine: tuple[StableDiffusion3, Policy]) -> Build:
-    """A trainer of the embedded model with 2 prompts × 2 pictures × 2 noisings, further keys laid over.
-
-    One sampling step without guidance gives blurred pictures, which is all these tests need, in half the time.
-    """
-    basis = [("noisings_per_image", "2"), ("rollout.sampling_steps", "1"), ("rollout.guidance_scale", "1")]
-
-    def make(*overrides: tuple[str, str], reward: RewardFunction | None = None) -> Trainer:
-        config = load_settings(str(tiny_preset), overrides=[*basis, *overrides]).config
-        pipeline = pristine[0]._pipeline  # nobody changes it; its tokenizers take long to copy
-        backbone, policy = copy.deepcopy(pristine, {id(pipeline): pipeline})
-        return Trainer(config, backbone, policy, read_prompts(config.prompts.train), reward or FromPictures())
-
-    return make
-
-
-def gradients(trainer: Trainer) -> Tensor:
-    """The gradient the last update used, flat."""
-    grads = [p.grad for p in trainer.policy.parameters.values()]
-    return torch.cat([g.flatten() for g in grads if g is not None])
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the backbone's velocity."""
-
-    network: nn.Module
-    t: tuple[float, ...]
-    with_gradient: bool
-
-
-@pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], list[Call]]:
-    """Notes the calls of ``velocity`` made outside the sampler, which run as ever."""
-
-    def install(trainer: Trainer) -> list[Call]:
-        calls: list[Call] = []
-        velocity, sample = trainer.backbone.velocity, trainer.backbone.sample
-
-        def noted(network: nn.Module, x_t: Tensor, t: Tensor, text: TextEmbeddings) -> Tensor:
-            calls.append(Call(network, tuple(t.tolist()), torch.is_grad_enabled()))
-            return velocity(network, x_t, t, text)
-
-        def unnoted(*args: object, **options: object) -> Tensor:
-            before = len(calls)
-            x0 = sample(*args, **options)  # type: ignore[arg-type]
-            del calls[before:]
-            return x0
-
-        monkeypatch.setattr(trainer.backbone, "velocity", noted)
-        monkeypatch.setattr(trainer.backbone, "sample", unnoted)
-        return calls
-
-    return install
-
+from tests.engine.steps import (  # noqa: F401
+    Build,
+    Call,
+    Constant,
+    FromPictures,
+    build_fixture,
+    gradients,
+    pristine_fixture,
+    spy_fixture,
+)
 
 # -- the loss, written out --------------------------------------------------------------------------------------------
 
@@ -339,54 +252,6 @@ def test_a_card_too_small_for_half_a_pass_ends_the_step_before_the_update(
     assert all(torch.equal(before[name], value) for name, value in trainer.policy.tensors("policy").items())
 
 
-def test_stratified_times_lie_one_in_each_quantile(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:
-    trainer = build(("noisings_per_image", "4"), ("stratify_times", "true"), ("min_time", "0"))
-    calls = spy(trainer)
-    trainer.step()
-    (sweep, *_) = calls
-    times = np.array(sweep.t).reshape(-1, 4) ** 2  # p(t) ∝ t: t² is uniform
-    assert (np.floor(times * 4) == [0, 1, 2, 3]).all()
-    assert len(np.unique(times * 4 % 1)) == times.size
-
-
-def test_times_come_from_the_grid_asked_for(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:
-    drawn = {}
-    for name in ("continuous", "shifted", "sampler"):
-        trainer = build(("time_grid", name), ("noisings_per_image", "8"))
-        calls = spy(trainer)
-        trainer.step()
-        drawn[name] = np.array(calls[0].t)
-    u = drawn["continuous"] ** 2
-    steps = trainer.config.rollout.sampling_steps
-    allowed = trainer.backbone.sigmas(steps).numpy()[:-1]
-    assert set(drawn["sampler"].tolist()) <= set(allowed.tolist())
-    even, shift = np.arange(1, 1001) / 1000, trainer.backbone._shift
-    fine = shift * even / (1 + (shift - 1) * even)
-    assert np.abs(drawn["shifted"][:, None] - fine).min(axis=1).max() < 1e-6
-    # The same uniform numbers in the same order, through other distributions.
-    for name in ("shifted", "sampler"):
-        assert (np.diff(drawn[name][np.argsort(u)]) >= 0).all()
-        assert not np.array_equal(drawn[name], drawn["continuous"])
-
-
-def test_a_grid_without_a_time_between_the_bounds_is_refused_at_once(build: Build) -> None:
-    with pytest.raises(ConfigError, match=r"time_grid = sampler.*min_time \(0\.2\).*max_time \(0\.21\)"):
-        build(("time_grid", "sampler"), ("min_time", "0.2"), ("max_time", "0.21"))
-
-
-def test_intermediate_points_stay_short_of_pure_noise(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the sampler's grid many times are exactly 1, and an intermediate time rounds to 1 now and then."""
-    trainer = build(("time_grid", "sampler"), ("path_cost", "true"), ("time_power", "9"))
-    monkeypatch.setattr(
-        module, "keyed_uniform", lambda seeds: torch.full((len(seeds),), 1 - 1e-12, dtype=torch.float64)
-    )
-    items = trainer._noise(torch.randn(2, *trainer.backbone.latent_shape), [0, 1], [0, 0])
-    assert items.s is not None and items.y_s is not None
-    assert (items.t == 1).all()
-    assert (items.s < 1).all()
-    assert torch.isfinite(items.x_t).all() and torch.isfinite(items.y_s).all()
-
-
 def test_an_interrupt_does_not_wait_for_a_slow_scorer(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 
@@ -406,19 +271,6 @@ def test_an_interrupt_does_not_wait_for_a_slow_scorer(build: Build, monkeypatch:
         trainer.step()
     released.set()
     assert time.monotonic() - start < 30
-
-
-def test_each_update_sees_all_strata_of_the_times(build: Build, spy: Callable[[Trainer], list[Call]]) -> None:
-    trainer = build(
-        ("noisings_per_image", "8"), ("updates_per_step", "2"), ("stratify_times", "true"), ("time_power", "0")
-    )
-    calls = spy(trainer)
-    trainer.step()
-    trained = [call for call in calls if call.with_gradient]
-    half = len(trained) // 2
-    for update in (trained[:half], trained[half:]):
-        times = np.array([t for call in update for t in call.t])
-        assert times.min() < 0.25 and times.max() > 0.75
 
 
 def test_the_old_weights_may_count_their_steps_from_another_start(build: Build) -> None:
