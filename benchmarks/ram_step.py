@@ -3,6 +3,8 @@
     python -m benchmarks.ram_step --model tinyworld --preset geneval-tiny                  # CPU, a minute or two
     python -m benchmarks.ram_step --preset geneval --fraction 1/24 --compile --json step.json   # a GPU, random weights
 
+    torchrun --nproc_per_node 2 -m benchmarks.ram_step --preset geneval --fraction 1/24 --compile   # two against one
+
 Prints, and with ``--json`` writes, each figure as soon as it is known: the peak of the machine's matrix product, the
 model's FLOPs, warm-up steps, then pairs of measured steps (plain, ramctl, plain, …) with their phases, and the ratio.
 The method is in ``benchmarks/README.md``.
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.plain_loop import PhaseClock
 from benchmarks.step_figures import Flops, Record, count_flops, matrix_peak
 from benchmarks.step_pair import (
     GRADIENT_TOLERANCE,
@@ -32,7 +35,7 @@ from benchmarks.step_pair import (
     Pair,
     StandInReward,
     check_agreement,
-    instrument,
+    instrumented,
     load_model,
     make_pair,
     plain_step,
@@ -40,8 +43,10 @@ from benchmarks.step_pair import (
     resolve,
 )
 from benchmarks.step_phases import ONLY, only_phase
+from benchmarks.step_scaling import run_scaling
 from benchmarks.step_variants import VARIANTS, run_variants
 from ramctl.config import Config
+from ramctl.engine.distributed import connect
 from ramctl.engine.trainer import RewardFunction
 from ramctl.training import make_reward
 
@@ -75,12 +80,19 @@ def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats:
     Returns:
         ramctl's seconds by phase, the medians.
     """
-    clock = instrument(pair.trainer)
+    with instrumented(pair.trainer) as clock:
+        our_steps, plain_steps = _measure_pairs(pair, clock, record, repeats=repeats, end=end)
+    _sum_up(record, our_steps, plain_steps, flops.of_step(pair.config), peak, pair.config.images_per_step)
+    return medians(our_steps)
+
+
+def _measure_pairs(
+    pair: Pair, clock: PhaseClock, record: Record, *, repeats: int, end: float
+) -> tuple[list[MeasuredStep], list[MeasuredStep]]:
     plain = plain_step(pair)
     record.add("warm_up/plain", plain.seconds, f"warm-up, plain loop: {plain.seconds['total']:.2f} s")
     ours = ram_step(pair, clock)
     record.add("warm_up/ramctl", ours.seconds, f"warm-up, ramctl: {ours.seconds['total']:.2f} s (compilation included)")
-    images = pair.config.images_per_step
     plain_steps: list[MeasuredStep] = []
     our_steps: list[MeasuredStep] = []
     for number in range(1, repeats + 1):
@@ -101,8 +113,20 @@ def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats:
         if number < repeats and time.perf_counter() + took > end:
             record.add("stopped_early", number, f"no time for another pair after {number}")
             break
+    return our_steps, plain_steps
+
+
+def _sum_up(
+    record: Record,
+    our_steps: Sequence[MeasuredStep],
+    plain_steps: Sequence[MeasuredStep],
+    flops: Mapping[str, float],
+    peak: float,
+    images: int,
+) -> None:
+    """The table, the ratio and the rates."""
     ours_median, plain_median = medians(our_steps), medians(plain_steps)
-    rows = table(ours_median, plain_median, flops.of_step(pair.config), peak)
+    rows = table(ours_median, plain_median, flops, peak)
     record.add("table", {"ramctl": ours_median, "plain": plain_median}, "\n".join(["", *rows, ""]))
     ratios = [b.seconds["total"] / a.seconds["total"] for a, b in zip(our_steps, plain_steps, strict=True)]
     record.add(
@@ -117,7 +141,6 @@ def run_pairs(pair: Pair, record: Record, flops: Flops, peak: float, *, repeats:
         "reward_hidden", hidden, f"scoring took {ours_median['reward']:.2f} s, {hidden:.2f} s of it under the sweeps"
     )
     _record_memory(record, our_steps[-1].peak_bytes, plain_steps[-1].peak_bytes)
-    return ours_median
 
 
 def _record_memory(record: Record, ours: int | None, plain: int | None) -> None:
@@ -168,10 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 1 where the embedded model's check finds the two loops apart."""
     asked = _parser().parse_args(arguments)
     began = time.perf_counter()
-    record = Record(asked.json)
+    world, device = connect(asked.device)
+    record = Record(asked.json, silent=not world.is_main)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    device = torch.device(asked.device)
     overrides = [("runtime.compile", str(asked.compile).lower()), *(tuple(pair) for pair in asked.set)]
     embedded = asked.model == "tinyworld" or (asked.model is None and asked.preset.endswith("-tiny"))
     random = not embedded and asked.model in (None, RANDOM)
@@ -217,7 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scorers = make_reward(config)
         scorers.load()
         reward = scorers
-    pair = make_pair(config, backbone, reward, plain_micro_batch=asked.plain_micro_batch, compile=asked.compile)
+    pair = make_pair(
+        config, backbone, reward, plain_micro_batch=asked.plain_micro_batch, compile=asked.compile, world=world
+    )
     sizes = {phase: batch.size for phase, batch in pair.trainer.batches.items()}
     ready = time.perf_counter() - began
     rewarding = ", ".join(config.reward.scorers) if real else f"stand-in, {asked.scorer_seconds} s a picture"
@@ -233,14 +258,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _trials(asked.trial, pair):
         if asked.only:
             _run_only(pair, record, asked.only, asked.repeats)
-        else:
+            return 0
+        mine = run_scaling(pair, world, record, repeats=asked.repeats) if world.size > 1 else pair
+        if mine is not None:
             end = began + 60 * asked.minutes
-            base = run_pairs(pair, record, flops, peak, repeats=asked.repeats, end=end)
+            base = run_pairs(mine, record, flops, peak, repeats=asked.repeats, end=end)
 
             def remade(keys: Mapping[str, str]) -> Config:
                 return resolve(asked.preset, fraction=asked.fraction, overrides=[*overrides, *keys.items()])
 
-            run_variants(pair, asked.variant, record, base, remade, end=end)
+            run_variants(mine, asked.variant, record, base, remade, end=end)
+    world.barrier()  # the others wait here while the first one measures alone
+    world.leave()
     return 0
 
 

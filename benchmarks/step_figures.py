@@ -17,15 +17,17 @@ from ramctl.engine.policy import Policy
 
 
 class Record:
-    """Figures as they come: printed at once, and the JSON file written anew with each."""
+    """Figures as they come: printed at once, and the JSON file written anew with each; nothing where ``silent``."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, *, silent: bool = False) -> None:
+        self.path, self.silent = path, silent
         self.figures: dict[str, Any] = {}
 
     def add(self, key: str, value: Any, shown: str) -> None:
         """Keep a figure and print ``shown``."""
         self.figures[key] = value
+        if self.silent:
+            return
         print(shown, flush=True)
         if self.path is not None:
             partial = self.path.with_name(self.path.name + ".part")

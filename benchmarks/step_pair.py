@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.plain_loop import PhaseClock, PlainLoop, PlainStep
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config
+from ramctl.engine.distributed import World
 from ramctl.engine.micro_batch import auto_micro_batch
 from ramctl.engine.policy import Policy
 from ramctl.engine.randomness import keyed_seed, keyed_uniform
@@ -104,8 +105,12 @@ def make_pair(
     *,
     plain_micro_batch: int = 0,
     compile: bool = False,
+    world: World | None = None,
 ) -> Pair:
-    """Both loops. The plain one takes the micro-batch that ramctl would train with, unless told."""
+    """Both loops. The plain one takes the micro-batch that ramctl would train with, unless told.
+
+    Of several processes ``world`` is the place; the plain loop knows one only.
+    """
     prompts = read_prompts(find_resource(config.prompts.train))
     micro_batch = plain_micro_batch or auto_micro_batch(backbone.latent_shape, backbone.device, training=True)
     plain = PlainLoop(config, backbone, prompts, reward, micro_batch=micro_batch)
@@ -113,14 +118,16 @@ def make_pair(
     if compile:
         for network in (policy.live, policy.frozen):
             backbone.compile(network)
-    pair = Pair(config, backbone, policy, Trainer(config, backbone, policy, prompts, reward), plain)
+    pair = Pair(config, backbone, policy, Trainer(config, backbone, policy, prompts, reward, world), plain)
     pair.align()
     return pair
 
 
-def instrument(trainer: Trainer) -> PhaseClock:
-    """Time the trainer's parts from outside, by wrapping its methods and its backbone's on these two objects."""
+@contextlib.contextmanager
+def instrumented(trainer: Trainer) -> Iterator[PhaseClock]:
+    """Time the trainer's parts: inside, its methods and its backbone's are wrapped on these two objects."""
     clock = PhaseClock(trainer.backbone.device)
+    before: list[tuple[Any, str, Any]] = []
 
     def wrap(owner: Any, method: str, name: Callable[..., str]) -> None:
         original = getattr(owner, method)
@@ -129,6 +136,7 @@ def instrument(trainer: Trainer) -> PhaseClock:
             with clock.phase(name(*arguments)):
                 return original(*arguments, **keywords)
 
+        before.append((owner, method, owner.__dict__.get(method)))
         setattr(owner, method, timed)
 
     wrap(trainer.backbone, "encode", lambda *_: "text")
@@ -139,7 +147,19 @@ def instrument(trainer: Trainer) -> PhaseClock:
     wrap(trainer, "_accumulate", lambda *_: "train")
     wrap(trainer, "_update", lambda *_: "update")
     wrap(trainer, "_lag", lambda *_: "update")
-    return clock
+    try:
+        yield clock
+    finally:
+        for owner, method, own in before:
+            delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
+
+
+def with_trainer(pair: Pair, config: Config, reward: RewardFunction) -> Pair:
+    """The same weights and plain loop with a new trainer, which works alone."""
+    trainer = Trainer(config, pair.backbone, pair.policy, pair.trainer.prompts, reward)
+    return Pair(config, pair.backbone, pair.policy, trainer, pair.plain)
 
 
 @dataclass(frozen=True)
@@ -247,6 +267,6 @@ def check_agreement(preset: str, overrides: Sequence[tuple[str, str]] = ()) -> A
     # Neither loop's batches may divide the step evenly, else an error in the remainder would not show.
     pair = make_pair(config, backbone, StandInReward(0.0), plain_micro_batch=3)
     spread_weights(pair.policy)
-    clock = instrument(pair.trainer)
     plain = plain_step(pair)
-    return Agreement.of(ram_step(pair, clock), plain)
+    with instrumented(pair.trainer) as clock:
+        return Agreement.of(ram_step(pair, clock), plain)

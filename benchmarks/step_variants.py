@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from diffusers.models.activations import GELU
 
 from benchmarks.step_figures import Record
-from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrument, ram_step
+from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrumented, ram_step, with_trainer
 from ramctl.backbones.float8 import turn_into
 from ramctl.backbones.lean import GpuGelu
 from ramctl.config import Config
-from ramctl.engine.trainer import RewardFunction, Trainer
+from ramctl.engine.trainer import RewardFunction
 
 Change = Callable[[Pair], contextlib.AbstractContextManager[None]]
 
@@ -109,24 +109,8 @@ def run_variants(
 
 
 def _measure(pair: Pair, config: Config, reward: RewardFunction, *, warm_up: bool) -> MeasuredStep:
-    trainer = Trainer(config, pair.backbone, pair.policy, pair.trainer.prompts, reward)
-    changed = Pair(config, pair.backbone, pair.policy, trainer, pair.plain)
-    with _unwrapped_after(pair):
-        clock = instrument(trainer)
+    changed = with_trainer(pair, config, reward)
+    with instrumented(changed.trainer) as clock:
         if warm_up:
             ram_step(changed, clock)
         return ram_step(changed, clock)
-
-
-@contextlib.contextmanager
-def _unwrapped_after(pair: Pair) -> Iterator[None]:
-    """``instrument`` wraps the backbone's methods; the next variant must not find them wrapped twice."""
-    before = {name: pair.backbone.__dict__.get(name) for name in ("encode", "decode")}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                pair.backbone.__dict__.pop(name, None)
-            else:
-                setattr(pair.backbone, name, value)

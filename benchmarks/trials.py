@@ -29,7 +29,7 @@ from benchmarks.step_pair import (
     MeasuredStep,
     Pair,
     StandInReward,
-    instrument,
+    instrumented,
     load_model,
     make_pair,
     ram_step,
@@ -155,17 +155,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _take_turns(unchanged: Pair, changed: Pair, rounds: int, title: str) -> None:
-    clocks = instrument(unchanged.trainer), instrument(changed.trainer)
     before: list[MeasuredStep] = []
     after: list[MeasuredStep] = []
-    for number in range(rounds + 1):
-        a = ram_step(unchanged, clocks[0])
-        b = ram_step(changed, clocks[1])
-        if number == 0:
-            off = Agreement.of(b, a)
-            continue
-        before.append(copy.copy(a))
-        after.append(copy.copy(b))
+    with instrumented(unchanged.trainer) as clock, instrumented(changed.trainer) as other_clock:
+        for number in range(rounds + 1):
+            a = ram_step(unchanged, clock)
+            b = ram_step(changed, other_clock)
+            if number == 0:
+                off = Agreement.of(b, a)
+                continue
+            before.append(copy.copy(a))
+            after.append(copy.copy(b))
     totals = [[step.seconds["total"] for step in steps] for steps in (before, after)]
     fastest = [min(steps, key=lambda step: step.seconds["total"]).seconds for steps in (before, after)]
     phases = ", ".join(f"{p} {fastest[0][p]:.2f} → {fastest[1][p]:.2f}" for p in PHASES if fastest[0][p] > 0.02)

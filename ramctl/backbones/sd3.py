@@ -226,7 +226,10 @@ class StableDiffusion3(Backbone):
 
     def compile(self, network: nn.Module) -> None:
         """Block by block, and the autoencoder's decoder whole: the three kinds of block are compiled once each, not all
-        twenty-four. The first batch size gets code of its own; where a second one comes, code for any size is made.
+        twenty-four.
+
+        A trained network gets code for each batch size, of which it sees one or two. Of a frozen one the first size
+        gets its own; where a second one comes, code for any size is made.
         """
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own calls
         # One entry for each kind of block, batch size, and with or without gradient; the default of eight would send
@@ -235,7 +238,8 @@ class StableDiffusion3(Backbone):
         # It warns of each candidate that it does not try.
         logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
         for block in network.transformer_blocks:  # type: ignore[union-attr]
-            block.compile()
+            # Said for the trained one: the sizes that the frozen one saw would make its code general, too.
+            block.compile(dynamic=False if any(p.requires_grad for p in block.parameters()) else None)
         if not self._compiled_decoder:
             self._compiled_decoder = True
             self._pipeline.vae.decoder.compile(dynamic=False)

@@ -46,9 +46,9 @@ def pair() -> Pair:
 
 
 def both(pair: Pair) -> tuple[MeasuredStep, MeasuredStep]:
-    clock = step_pair.instrument(pair.trainer)
     plain = step_pair.plain_step(pair)
-    return step_pair.ram_step(pair, clock), plain
+    with step_pair.instrumented(pair.trainer) as clock:
+        return step_pair.ram_step(pair, clock), plain
 
 
 def test_the_two_loops_compute_the_same_loss_and_gradient(pair: Pair) -> None:
@@ -63,11 +63,11 @@ def test_the_two_loops_compute_the_same_loss_and_gradient(pair: Pair) -> None:
 def test_the_comparison_sees_old_and_trained_weights_exchanged(pair: Pair) -> None:
     tensors = pair.policy.tensors("policy"), pair.policy.tensors("old")
     plain_loop = pair.plain
-    clock = step_pair.instrument(pair.trainer)
     plain_loop.load(tensors[1], tensors[0])
     result = plain_loop.step()
     plain = MeasuredStep(result.loss, result.gradients, 0.0, result.seconds, None)
-    same = Agreement.of(step_pair.ram_step(pair, clock), plain)
+    with step_pair.instrumented(pair.trainer) as clock:
+        same = Agreement.of(step_pair.ram_step(pair, clock), plain)
     assert same.gradient > 100 * GRADIENT_TOLERANCE
     assert not same.within_tolerance
 
