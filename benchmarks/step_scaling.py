@@ -19,14 +19,17 @@ def run_scaling(pair: Pair, world: World, record: Record, *, repeats: int) -> Pa
         on the first process the pair with a trainer that works alone, on the others None.
     """
     together = _steps(pair, repeats, warm_up=True)
-    record.add(
-        f"scaling/{world.size}", [step.seconds for step in together], f"{world.size} processes: {_shown(together)}"
-    )
+    # Each process' own phases: the step is as fast as the slowest card, and the others wait for it between phases.
+    every = world.gather([step.seconds for step in together])
+    for rank, steps in enumerate(every):
+        record.add(f"scaling/{world.size}/{rank}", steps, f"process {rank} of {world.size}: {_shown(steps)}")
     if not world.is_main:
         return None
     alone = with_trainer(pair, pair.config, pair.trainer.reward)
     single = _steps(alone, repeats, warm_up=False)
-    record.add("scaling/1", [step.seconds for step in single], f"the first alone: {_shown(single)}")
+    record.add(
+        "scaling/1", [step.seconds for step in single], f"the first alone: {_shown([step.seconds for step in single])}"
+    )
     times = [statistics.median(step.seconds["total"] for step in steps) for steps in (single, together)]
     record.add(
         "scaling/ratio",
@@ -42,6 +45,6 @@ def _steps(pair: Pair, repeats: int, *, warm_up: bool) -> list[MeasuredStep]:
     return steps[warm_up:]
 
 
-def _shown(steps: list[MeasuredStep]) -> str:
+def _shown(steps: list[dict[str, float]]) -> str:
     names = ("total", "text", "sample", "decode", "score", "sweep old", "sweep ref", "train", "update")
-    return "; ".join(", ".join(f"{name} {step.seconds[name]:.2f}" for name in names) for step in steps)
+    return "; ".join(", ".join(f"{name} {step[name]:.2f}" for name in names) for step in steps)

@@ -8,13 +8,15 @@ therefore what that code allocates: autocast copies, LoRA branches, what autogra
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -150,13 +152,14 @@ def trace_passes(skeleton: Skeleton, config: Config, device: torch.device, batch
         backbone.choose_layers(network, device)
     compiled = config.runtime.compile and device.type == "cuda"
     forward, training = (_COMPILED_FORWARD, _COMPILED_TRAINING) if compiled else (1.0, 1.0)
+    rules: AbstractContextManager[None] = nullcontext()
     if device.type == "cuda" and not torch.cuda.is_available():
-        device = torch.device("cpu")
+        device, rules = torch.device("cpu"), _norms_in_float32()
     dtype = DTYPES[config.model.dtype]
     if config.train.gradient_checkpointing:
         policy.live.enable_gradient_checkpointing()  # type: ignore[operator]
     backbone.device = device
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), rules:
         for network in (policy.live, policy.frozen, skeleton.vae):
             _replace_tensors(network, device)
 
@@ -185,6 +188,21 @@ def trace_passes(skeleton: Skeleton, config: Config, device: torch.device, batch
             sweep=round(forward * predict(batches["sweep"])),
             training=round(training * peak_bytes(lambda: regress(batches["training"]))),
         )
+
+
+@contextmanager
+def _norms_in_float32() -> Iterator[None]:
+    """Layer norms as autocast has them on a GPU, in float32 whatever goes in; on a CPU it leaves them alone."""
+    layer_norm = functional.layer_norm
+
+    def widened(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        return layer_norm(x.float(), *arguments, **keywords)
+
+    functional.layer_norm = widened  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.layer_norm = layer_norm
 
 
 def _replace_tensors(network: nn.Module, device: torch.device) -> None:

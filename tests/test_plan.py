@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from ramctl import plan_memory
 from ramctl.backbones import sd35_medium
 from ramctl.backbones.base import TextEmbeddings
 from ramctl.backbones.sd3 import StableDiffusion3
@@ -542,3 +543,35 @@ def test_a_plan_without_its_model_is_shown_with_the_problem(
     assert "memory.train" not in found
     assert "unknown until the model is there" in captured.err
     assert "models/no-such does not exist" in captured.err
+
+
+def test_norms_are_counted_in_float32_as_a_gpu_computes_them() -> None:
+    x = torch.zeros(2, 4, dtype=torch.bfloat16)
+    with plan_memory._norms_in_float32():
+        assert torch.nn.LayerNorm(4, elementwise_affine=False)(x).dtype == torch.float32
+    assert torch.nn.LayerNorm(4, elementwise_affine=False, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+def test_compiled_blocks_take_less_of_a_gpu_and_the_same_of_a_cpu(config: MakeConfig) -> None:
+    def train(card: int | None, *, compiled: bool) -> int:
+        settings = config(train__micro_batch=4, rollout__micro_batch=4, runtime__compile=compiled)
+        memory = make_plan(settings, 1, "auto", card=card).memory
+        assert memory is not None
+        return beyond_resident(memory, "train")
+
+    assert train(24 * GIB, compiled=True) < 0.75 * train(24 * GIB, compiled=False)
+    assert train(None, compiled=True) == train(None, compiled=False)
+
+
+def test_rollouts_in_8_bits_hold_their_weights_while_they_are_drawn(config: MakeConfig) -> None:
+    def sample(float8: bool) -> int:
+        settings = config(rollout__float8=float8, runtime__compile=True, runtime__precision="bfloat16")
+        memory = make_plan(settings, 1, "auto", card=24 * GIB).memory
+        assert memory is not None
+        return memory.phases["sample"]
+
+    network = make_plan(config(), 1, "cpu").memory
+    assert network is not None
+    # Most weights of the network, one byte each instead of four or two.
+    assert 0.15 * network.resident["frozen network"] < sample(True) - sample(False)
+    assert sample(True) - sample(False) < 0.6 * network.resident["frozen network"]
