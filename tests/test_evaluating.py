@@ -29,7 +29,7 @@ from ramctl.scorers.geneval import GenEvalScorer
 from ramctl.scorers.registry import create
 from ramctl.scoring import ScoredImages, score_folder, summarise
 from ramctl.settings import Settings, load_settings
-from ramctl.sources import open_source
+from ramctl.sources import Source, open_source
 from ramctl.weights import find_entry
 
 
@@ -520,3 +520,29 @@ def test_all_that_a_scorer_lacks_is_said_before_anything_is_drawn(
     with pytest.raises(MissingDependencyError, match="its environment is not there"):
         evaluate(request_)
     assert not (run_folder / "evaluations").exists()
+
+
+@pytest.mark.parametrize(("prompts", "compiles"), [(1, False), (200, True)])
+def test_the_networks_are_compiled_where_many_pictures_are_drawn(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, compiles: bool
+) -> None:
+    """The config and the device have their say in ``open_source``; here, whether it is worth the while."""
+    asked: list[bool] = []
+
+    def noted(*arguments: object, compile: bool, **others: object) -> None:
+        asked.append(compile)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ramctl.evaluating.open_source", noted)
+    file = tmp_path / "many.jsonl"
+    write_prompts(file, [Prompt("a photo of a cat", {})] * prompts)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(replace(request_, prompts=file, rewards=["jpeg-compressibility"]))
+    assert asked == [compiles]
+
+
+def test_a_cpu_draws_with_networks_that_are_not_compiled(tiny_preset: Path) -> None:
+    config = load_settings(str(tiny_preset), overrides=[("runtime.compile", "true")]).config
+    opened = open_source(Source(config.model, None, config), device="cpu", compile=True)
+    assert not opened.compiled
+    assert all(block._compiled_call_impl is None for block in opened.network().transformer_blocks)  # type: ignore[union-attr]

@@ -412,3 +412,18 @@ def test_an_output_no_scorer_reports_stops_the_run_before_the_model_is_loaded(
     )
     with pytest.raises(ConfigError, match=r"output is 'kilobyte'.*Did you mean 'kilobytes'\?"):
         train(settings, output=tmp_path / "run")
+
+
+def test_rollouts_in_8_bits_are_refused_before_anything_is_loaded_where_there_are_none(
+    tiny_preset: Path, tmp_path: Path
+) -> None:
+    keys = [("rollout.float8", "true"), ("runtime.compile", "true"), ("precision", "bfloat16"), ("device", "cpu")]
+    settings = load_settings(str(tiny_preset), overrides=keys)
+    with pytest.raises(ConfigError, match=r"rollout\.float8 needs a GPU.*which cpu is not\. Leave it false"):
+        train(settings, output=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_rollouts_in_8_bits_go_with_compiling_only(tiny_preset: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.float8 pays in compiled blocks only.*runtime\.compile = true"):
+        load_settings(str(tiny_preset), overrides=[("rollout.float8", "true"), ("precision", "bfloat16")])
