@@ -37,16 +37,17 @@ def float8_products(network: nn.Module) -> Iterator[None]:
     Args:
         network: a transformer of diffusers with ``transformer_blocks``, used without gradient inside.
     """
-    layers = float8_layers(network)
-    for layer in layers:
-        weight, scale = quantized(layer.weight.detach())
-        layer.register_buffer("weight_float8", weight, persistent=False)
-        layer.register_buffer("weight_scale", scale.t().contiguous(), persistent=False)
-        turn_into(layer, Float8Linear)
+    lent: list[nn.Linear] = []
     try:
+        for layer in float8_layers(network):
+            weight, scale = quantized(layer.weight.detach())
+            layer.register_buffer("weight_float8", weight, persistent=False)
+            layer.register_buffer("weight_scale", scale.t().contiguous(), persistent=False)
+            turn_into(layer, Float8Linear)
+            lent.append(layer)
         yield
     finally:
-        for layer in layers:
+        for layer in lent:
             turn_into(layer, nn.Linear)
             del layer.weight_float8, layer.weight_scale
 

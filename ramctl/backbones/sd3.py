@@ -207,7 +207,8 @@ class StableDiffusion3(Backbone):
         parts = []
         for part in torch.split(latents, at_once):
             # A smaller last part is not worth the half minute that compiling for its size takes.
-            with torch.compiler.set_stance("default" if len(part) == at_once else "force_eager"):
+            as_it_is = self._compiled_decoder and len(part) < at_once
+            with torch.compiler.set_stance("force_eager") if as_it_is else contextlib.nullcontext():
                 parts.append(self._decode(part))
         return torch.cat(parts).cpu()
 
