@@ -77,7 +77,7 @@ def test_the_known_architecture_is_that_of_the_presets_and_the_downloads_model()
 def test_the_small_cards_preset_is_the_same_experiment_and_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peak of 22.9 GB was measured with the scorers, under a limit of 24 GiB on an H200. The model is not needed."""
+    """A peak of 23.2 GB was measured with the scorers, under a limit of 24 GiB on an H200. The model is not needed."""
     monkeypatch.setenv("RAMCTL_WEIGHTS", str(tmp_path))
     large, small = config("geneval"), config("geneval-24gb")
     differing = {"name", "description", "model", "rollout", "train"}
@@ -86,6 +86,13 @@ def test_the_small_cards_preset_is_the_same_experiment_and_fits(
     assert plan.parameters is not None and plan.memory is not None
     assert 2.2e9 < plan.parameters.transformer < 2.3e9
     assert plan.parameters.text_encoders > 5e9
-    assert plan.memory.peak == pytest.approx(22.9e9, rel=0.05)
+    assert plan.memory.peak == pytest.approx(23.2e9, rel=0.05)
     assert plan.memory.fits
-    assert not make_plan(large, 1, "auto", card=24 * 2**30).memory.fits  # type: ignore[union-attr]
+    # It leaves room while training. The large one does not: a little compiled, next to none otherwise.
+    tight, eager = (
+        make_plan(load_settings("geneval", overrides=[("runtime.compile", value)]).config, 1, "auto", card=24 * 2**30)
+        for value in ("true", "false")
+    )
+    assert tight.memory is not None and eager.memory is not None
+    assert plan.memory.phases["train"] < 0.8 * tight.memory.phases["train"]
+    assert eager.memory.peak > 0.98 * 24 * 2**30
