@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ramctl.backbones.lean import GpuGelu
 from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config
 from ramctl.engine.policy import old_decay
@@ -105,6 +107,9 @@ class PlainLoop:
         self.vae = copy.deepcopy(self.pipeline.vae).float().to(memory_format=torch.contiguous_format)
         self.transformer: Any = copy.deepcopy(backbone.transformer)
         self.transformer.set_attn_processor(JointAttnProcessor2_0())
+        for module in self.transformer.modules():
+            if type(module) is GpuGelu:
+                module.__class__ = GELU
         self._add_adapters()
         self.parameters = self._adapter(POLICY)
         self.optimizer = torch.optim.AdamW(

@@ -44,7 +44,7 @@ from benchmarks.step_pair import (
 )
 from benchmarks.step_phases import ONLY, only_phase
 from benchmarks.step_scaling import run_scaling
-from benchmarks.step_variants import VARIANTS, run_variants
+from benchmarks.step_variants import VARIANTS, check_variants, run_variants
 from ramctl.config import Config
 from ramctl.engine.distributed import connect
 from ramctl.engine.trainer import RewardFunction
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help=f"of {RANDOM}'s stacks, for a trial run on a CPU")
     add("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="any preset key")
     add("--threads", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--json", type=Path)
     return parser
 
@@ -201,6 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not random:
         overrides.append(("model.path", "models/tinyworld" if embedded else asked.model))
     config = resolve(asked.preset, fraction=asked.fraction, overrides=overrides)
+
+    def remade(keys: Mapping[str, str]) -> Config:
+        return resolve(asked.preset, fraction=asked.fraction, overrides=[*overrides, *keys.items()])
+
+    check_variants(asked.variant, remade, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     record.add("command", sys.argv[1:], f"python -m benchmarks.ram_step {' '.join(sys.argv[1:])}")
     record.add(
@@ -263,13 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mine is not None:
             end = began + 60 * asked.minutes
             base = run_pairs(mine, record, flops, peak, repeats=asked.repeats, end=end)
-
-            def remade(keys: Mapping[str, str]) -> Config:
-                return resolve(asked.preset, fraction=asked.fraction, overrides=[*overrides, *keys.items()])
-
             run_variants(mine, asked.variant, record, base, remade, end=end)
-    world.barrier()  # the others wait here while the first one measures alone
-    world.leave()
     return 0
 
 

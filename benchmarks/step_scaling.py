@@ -1,4 +1,4 @@
-"""One RAM step shared by all processes against the same step alone: what further GPUs bring."""
+"""One RAM step shared by all processes against one of the same size alone: what further GPUs bring."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ramctl.engine.distributed import World
 
 
 def run_scaling(pair: Pair, world: World, record: Record, *, repeats: int) -> Pair | None:
-    """Steps of all processes together, then the first one's alone while the others wait.
+    """Steps of all processes together, then the first one's alone, when the others have left.
 
-    Weights, prompts, noise and passes are the same: micro-batches are per process, so set them, where the preset does
-    not, to what a process' share fills.
+    The work is the same, though not the prompts and the noise. Micro-batches are per process, so set them, where the
+    preset does not, to what a process' share fills: then the passes are the same, too.
 
     Returns:
         on the first process the pair with a trainer that works alone, on the others None.
@@ -23,6 +23,7 @@ def run_scaling(pair: Pair, world: World, record: Record, *, repeats: int) -> Pa
     every = world.gather([step.seconds for step in together])
     for rank, steps in enumerate(every):
         record.add(f"scaling/{world.size}/{rank}", steps, f"process {rank} of {world.size}: {_shown(steps)}")
+    world.leave()
     if not world.is_main:
         return None
     alone = with_trainer(pair, pair.config, pair.trainer.reward)

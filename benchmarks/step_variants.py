@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from diffusers.models.activations import GELU
 
 from benchmarks.step_figures import Record
 from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrumented, ram_step, with_trainer
-from ramctl.backbones.float8 import turn_into
+from ramctl.backbones.float8 import has_float8_products, turn_into
 from ramctl.backbones.lean import GpuGelu
 from ramctl.config import Config
 from ramctl.engine.trainer import RewardFunction
@@ -75,6 +76,18 @@ VARIANTS: dict[str, Variant] = {
         compiles=True,
     ),
 }
+
+
+def check_variants(names: Sequence[str], remade: Callable[[Mapping[str, str]], Config], device: torch.device) -> None:
+    """Refuse variants that cannot be measured, before anything else is.
+
+    Raises:
+        ConfigError: keys that do not go together.
+        SystemExit: no 8-bit products on this device.
+    """
+    for name in names:
+        if remade(VARIANTS[name].keys).rollout.float8 and not has_float8_products(device):
+            raise SystemExit(f"--variant {name}: {device} has no 8-bit products.")
 
 
 def run_variants(

@@ -75,7 +75,8 @@ from ramctl.sources import OpenModel, Source, find_source, open_source
 if TYPE_CHECKING:
     from torch import nn
 
-#: Pictures from which compiling (about a minute on an H200) is made up for by what each saves (0.4 s at 512 pixels).
+#: Pictures of a process from which compiling (about a minute on an H200) is made up for by what each saves (0.4 s at
+#: 512 pixels). What is compiled is not part of the protocol: pictures differ in rounding, as between two GPUs.
 _WORTH_COMPILING = 200
 #: What ``compare`` may be besides a source: the checkpoint's own base model.
 BASE = "base"
@@ -155,6 +156,7 @@ class Request:
         settings: fields of :class:`~ramctl.sampling.DrawSettings`.
         output: the evaluation's folder; by default ``evaluations/<label>`` beside the checkpoint, and
             ``outputs/evaluations/<label>`` for a base model.
+        compile: whether ``runtime.compile`` of the source's config counts; None where many pictures are drawn.
         drawbench_metrics: scorers for the prompts of ``drawbench_prompts``, or else for DrawBench's own as
             ``ramctl download-weights`` fetches them; they go into ``drawbench/`` inside it.
     """
@@ -173,6 +175,7 @@ class Request:
     base: str | None = None
     device: str = "auto"
     precision: str | None = None
+    compile: bool | None = None
     self_test: bool = True
     drawbench_metrics: Sequence[str] = ()
     drawbench_prompts: Path | None = None
@@ -209,10 +212,11 @@ def evaluate(request: Request, progress: Progress | None = None, note: Callable[
         for line in (line for plan in plans for line in plan.notes()):
             note(line)
     _try_out(plans, scorers, self_test=request.self_test and world.is_main)
-    many = sum(len(plan.pictures()) for plan in plans) >= _WORTH_COMPILING
+    many = sum(len(plan.pictures()) for plan in plans) >= _WORTH_COMPILING * world.size
+    compiled = many if request.compile is None else request.compile
 
     def opened(source: Source, which: str) -> OpenModel:
-        return open_source(source, device=request.device, precision=request.precision, which=which, compile=many)
+        return open_source(source, device=request.device, precision=request.precision, which=which, compile=compiled)
 
     model = opened(found, request.weights)
     second, network = model, BASE_NETWORK
@@ -472,6 +476,7 @@ class _Work:
             "scorers": scorers,
             "versions": versions(),
             "processes": self.world.size,
+            "compiled": model.compiled,
             "results": results_json(evaluated),
         }
         set_aside(folder, scorers)
@@ -498,8 +503,6 @@ def drawing_protocol(plan: Plan, model: OpenModel, network: Network) -> dict[str
         **{key: getattr(model.model, key) for key in ("resolution", "dtype", "use_t5", "max_sequence_length")},
         "precision": model.precision,
         "device": model.backbone.device.type,
-        # Said only where it is so: an evaluation that an earlier version began goes on.
-        **({"compiled": True} if model.compiled else {}),
     }
 
 

@@ -24,7 +24,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -279,28 +279,35 @@ def _micro_batches(
 ) -> MicroBatches:
     from ramctl.engine.micro_batch import auto_micro_batch, even_batch
 
-    def size(given: int, most: int, *, training: bool) -> int | None:
-        if not given:
-            if skeleton is None:
-                return None
+    def most(given: int, *, training: bool) -> int | None:
+        if not given and skeleton is not None:
             given = auto_micro_batch(skeleton.backbone.latent_shape, device, training=training, card=card)
-        return even_batch(most, given)
+        return given or None
 
-    def batches(total: int, batch: int | None) -> int | None:
-        return None if batch is None else math.ceil(total / batch)
-
+    # Processes' shares of the pictures differ by one where they do not divide, and updates' shares of the noisings.
     count, updates, images = config.ram.noisings_per_image, config.ram.updates_per_step, sizes.images_per_process
-    shares = [images * ((u + 1) * count // updates - u * count // updates) for u in range(updates)]
-    sampling = size(config.rollout.micro_batch, images, training=False)
-    sweep = size(config.train.sweep_micro_batch, sizes.items_per_process, training=False)
-    training = size(config.train.micro_batch, max(shares), training=True)
+    pictures = sorted({sizes.images // sizes.processes, images} - {0})
+    noisings = [(u + 1) * count // updates - u * count // updates for u in range(updates)]
+
+    def size(given: int | None, per_picture: Sequence[int]) -> int | None:
+        """The largest pass: each share is taken in equal ones."""
+        if given is None:
+            return None
+        return max(even_batch(share * each, given) for share in pictures for each in per_picture)
+
+    def passes(given: int | None, per_picture: Sequence[int]) -> int | None:
+        return None if given is None else sum(math.ceil(images * each / given) for each in per_picture)
+
+    sampling = most(config.rollout.micro_batch, training=False)
+    sweep = most(config.train.sweep_micro_batch, training=False)
+    training = most(config.train.micro_batch, training=True)
     return MicroBatches(
-        sampling=sampling,
-        sweep=sweep,
-        training=training,
-        sampling_batches=batches(images, sampling),
-        sweep_batches=batches(sizes.items_per_process, sweep),
-        training_batches=None if training is None else sum(math.ceil(share / training) for share in shares),
+        sampling=size(sampling, [1]),
+        sweep=size(sweep, [count]),
+        training=size(training, noisings),
+        sampling_batches=passes(sampling, [1]),
+        sweep_batches=passes(sweep, [count]),
+        training_batches=passes(training, noisings),
     )
 
 

@@ -192,11 +192,15 @@ def trace_passes(skeleton: Skeleton, config: Config, device: torch.device, batch
 
 @contextmanager
 def _norms_in_float32() -> Iterator[None]:
-    """Layer norms as autocast has them on a GPU, in float32 whatever goes in; on a CPU it leaves them alone."""
+    """Layer norms as autocast has them on a GPU, in float32 whatever goes in; on a CPU it leaves them alone.
+
+    Where autocast is off, so is this.
+    """
     layer_norm = functional.layer_norm
 
     def widened(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        return layer_norm(x.float(), *arguments, **keywords)
+        wide = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        return layer_norm(wide, *arguments, **keywords)
 
     functional.layer_norm = widened  # type: ignore[assignment]
     try:

@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "train.gradient_checkpointing",
     "train.guard",
     "rollout.micro_batch",
+    "rollout.float8",
     "evaluation.every",
     "evaluation.picture_prompts",
     "checkpoint.",

@@ -204,7 +204,9 @@ class Run:
         if config.train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing(policy.live)
         if config.runtime.compile and self.device.type == "cuda":
-            self.observer.note("Compiling while the first step runs, which takes longer than the others")
+            self.observer.note(
+                "Compiling during the first pictures and the first step, which take longer than the others"
+            )
             for network in (policy.live, policy.frozen):
                 backbone.compile(network)
         self.trainer = Trainer(

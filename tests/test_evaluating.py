@@ -522,9 +522,9 @@ def test_all_that_a_scorer_lacks_is_said_before_anything_is_drawn(
     assert not (run_folder / "evaluations").exists()
 
 
-@pytest.mark.parametrize(("prompts", "compiles"), [(1, False), (200, True)])
-def test_the_networks_are_compiled_where_many_pictures_are_drawn(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, compiles: bool
+@pytest.mark.parametrize(("prompts", "told", "compiles"), [(1, None, False), (200, None, True), (200, False, False)])
+def test_the_networks_are_compiled_where_many_pictures_are_drawn_unless_told(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, told: bool | None, compiles: bool
 ) -> None:
     """The config and the device have their say in ``open_source``; here, whether it is worth the while."""
     asked: list[bool] = []
@@ -537,7 +537,7 @@ def test_the_networks_are_compiled_where_many_pictures_are_drawn(
     file = tmp_path / "many.jsonl"
     write_prompts(file, [Prompt("a photo of a cat", {})] * prompts)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(replace(request_, prompts=file, rewards=["jpeg-compressibility"]))
+        evaluate(replace(request_, prompts=file, rewards=["jpeg-compressibility"], compile=told))
     assert asked == [compiles]
 
 

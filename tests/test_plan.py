@@ -117,27 +117,29 @@ def test_a_training_pass_keeps_as_many_bytes_as_autograd_saves(config: MakeConfi
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("highest", [1.0, 0.8])
+@pytest.mark.parametrize(("highest", "training"), [(1.0, 4), (0.8, 4), (1.0, 7)])
 def test_forwards_and_batches_are_those_of_a_real_step(
-    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, highest: float
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, highest: float, training: int
 ) -> None:
     settings = config(
         rollout__micro_batch=4,
         rollout__guidance_max_noise=highest,
         train__sweep_micro_batch=5,
-        train__micro_batch=4,
+        train__micro_batch=training,
         ram__updates_per_step=2,
     )
     plan = make_plan(settings, 1, "cpu")
     backbone, policy = load(settings)
     items: Counter[str] = Counter()
     passes: Counter[str] = Counter()
+    largest: Counter[str] = Counter()
     phase = "sampling"
     velocity, regress, sweep = StableDiffusion3.velocity, Trainer._regress, Trainer._sweep
 
     def count(self: Any, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         items[phase] += len(x_t)
         passes[phase] += 1
+        largest[phase] = max(largest[phase], len(x_t))
         return velocity(self, network, x_t, t, text)
 
     def enter(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,6 +162,13 @@ def test_forwards_and_batches_are_those_of_a_real_step(
     assert passes["sampling"] == batches.sampling_batches * settings.rollout.sampling_steps
     assert passes["sweep"] == batches.sweep_batches * 2
     assert passes["training"] == batches.training_batches
+    assert (largest["sweep"], largest["training"]) == (batches.sweep, batches.training)
+
+
+def test_the_largest_pass_may_be_that_of_a_smaller_share(config: MakeConfig) -> None:
+    """Updates on 12 and 18 items: at most twelve at once that is one pass of 12, and two of 9."""
+    plan = make_plan(config(ram__noisings_per_image=5, ram__updates_per_step=2, train__micro_batch=12), 1, "cpu")
+    assert (plan.micro_batches.training, plan.micro_batches.training_batches) == (12, 3)
 
 
 def test_a_checkpoint_takes_the_planned_disk(config: MakeConfig, tmp_path: Path) -> None:
@@ -547,9 +556,19 @@ def test_a_plan_without_its_model_is_shown_with_the_problem(
 
 def test_norms_are_counted_in_float32_as_a_gpu_computes_them() -> None:
     x = torch.zeros(2, 4, dtype=torch.bfloat16)
+    norm = torch.nn.LayerNorm(4, elementwise_affine=False)
     with plan_memory._norms_in_float32():
-        assert torch.nn.LayerNorm(4, elementwise_affine=False)(x).dtype == torch.float32
-    assert torch.nn.LayerNorm(4, elementwise_affine=False, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
+        assert norm(x).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+
+
+def test_a_bfloat16_model_without_autocast_can_be_planned_for_a_card(config: MakeConfig) -> None:
+    settings = config(model__dtype="bfloat16", runtime__precision="float32", rollout__micro_batch=2)
+    memory = make_plan(settings, 1, "auto", card=24 * GIB).memory
+    assert memory is not None and memory.fits
 
 
 def test_compiled_blocks_take_less_of_a_gpu_and_the_same_of_a_cpu(config: MakeConfig) -> None:

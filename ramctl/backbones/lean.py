@@ -70,13 +70,17 @@ class GpuGelu(GELU):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
-        if hidden_states.is_cuda and not torch.is_grad_enabled() and type(self.proj) is nn.Linear:
-            device = hidden_states.device.type
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-            if autocast in (torch.bfloat16, torch.float16):
-                return self.in_one(hidden_states.to(autocast))
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        if self.fits(device, dtype):
+            return self.in_one(hidden_states.to(dtype))
         result: Tensor = super().forward(hidden_states)
         return result
+
+    def fits(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether one call can stand for the layer; torch has no derivative of it."""
+        plain = type(self.proj) is nn.Linear and not torch.is_grad_enabled()
+        return plain and device == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
     def in_one(self, x: Tensor) -> Tensor:
         """The layer in the input's dtype by one call (on a CPU torch takes the exact gelu there)."""

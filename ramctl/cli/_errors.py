@@ -96,7 +96,10 @@ def _system_failure(error: BaseException) -> str | None:
             return "The machine ran out of memory. Close other programs, or ask for less at once."
         if type(cause).__module__.startswith(("torch._dynamo.exc", "torch._inductor.exc")):
             first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            return f"torch.compile does not work on this machine ({first}). Go on with --runtime.compile false."
+            return (
+                f"torch.compile does not work on this machine ({first}). Go on without it: --runtime.compile false "
+                "for train (with --rollout.float8 false, where that was on), --no-compile for evaluate."
+            )
         if type(cause).__name__ == "OutOfMemoryError":
             return "The GPU ran out of memory. Free it of other programs, or ask for less at once."
     return None

@@ -105,6 +105,14 @@ def evaluate(
     base: Base = None,
     device: Device = "auto",
     precision: Precision = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Whether runtime.compile of the training config counts. Default: where many pictures are drawn.",
+            show_default=False,
+        ),
+    ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Check each scorer on known pictures first.")
     ] = True,
@@ -172,6 +180,7 @@ def evaluate(
         base=base,
         device=device,
         precision=precision,
+        compile=compile,
         self_test=self_test,
         drawbench_metrics=metrics,
         drawbench_prompts=drawbench_prompts,

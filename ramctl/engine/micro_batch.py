@@ -74,23 +74,28 @@ class MicroBatch:
         self.size, self.phase, self.remedy = size, phase, remedy
         self.halved = False
 
-    def run(self, work: Callable[[int], T]) -> T:
+    def run(self, work: Callable[[int], T], total: int | None = None) -> T:
         """``work(size)``; where memory runs out once more with half the size, so it must bear being started again.
+
+        Args:
+            work: is told how many items to take at once.
+            total: items that there are, to take them in passes of equal size (:func:`even_batch`).
 
         Raises:
             OutOfMemoryError: half the size is too much as well, or was halved before.
         """
         while True:
+            size = self.size if total is None else even_batch(total, self.size)
             try:
-                return work(self.size)
+                return work(size)
             except torch.OutOfMemoryError as error:
-                if self.halved or self.size < 2:
+                if self.halved or size < 2:
                     raise OutOfMemoryError(
-                        f"The GPU ran out of memory while {self.phase} {self.size} at once. {self.remedy}"
+                        f"The GPU ran out of memory while {self.phase} {size} at once. {self.remedy}"
                     ) from error
             # Out here the error's frames, which hold the tensors of the failed pass, are gone.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.size //= 2
+            self.size = size // 2
             self.halved = True

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ramctl.backbones.base import Backbone, TextEmbeddings
-from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batch, even_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batch
 from ramctl.engine.randomness import keyed_normal
 from ramctl.engine.samplers import Sampler
 
@@ -74,8 +74,8 @@ def generate(
     images: list[NDArray[np.uint8]] = []
     start = 0
 
-    def draw(most: int) -> tuple[Tensor, NDArray[np.uint8]]:
-        part = slice(start, start + even_batch(len(prompts) - start, most))
+    def draw(size: int) -> tuple[Tensor, NDArray[np.uint8]]:
+        part = slice(start, start + size)
         x0 = backbone.sample(
             network,
             text.select(rows[part]),
@@ -89,7 +89,7 @@ def generate(
         return x0, backbone.decode(x0).numpy()
 
     while start < len(prompts):
-        x0, pictures = micro_batch.run(draw)
+        x0, pictures = micro_batch.run(draw, len(prompts) - start)
         latents.append(x0)
         images.append(pictures)
         start += len(x0)

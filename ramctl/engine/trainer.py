@@ -24,7 +24,7 @@ from ramctl.config import Config, OptimizerSection
 from ramctl.engine.advantage import group_advantages
 from ramctl.engine.distributed import World
 from ramctl.engine.metrics import reward_metrics
-from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, even_batch
+from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction, ram_target, regression_loss
 from ramctl.engine.path import grid_times, power_law_times
 from ramctl.engine.policy import FrozenSet, Policy, evaluation_decay, old_decay
@@ -296,7 +296,6 @@ class Trainer:
     ) -> Iterator[tuple[list[int], list[int], list[int]]]:
         """Micro-batches over the local pictures times ``noisings``: (local rows, global pictures, noisings)."""
         pairs = [(row, n) for row in range(len(share)) for n in noisings]
-        size = even_batch(len(pairs), size)
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
             rows = [row for row, _ in part]
@@ -318,7 +317,8 @@ class Trainer:
             self.batches["sweep"].run(
                 lambda size, network=network, which=which, before=passes_before * items: self._sweep_pass(  # type: ignore[misc]
                     endpoints, share, size, network, which, kept, before
-                )
+                ),
+                items,
             )
         return _Sweep(kept["reference"], kept["old"], kept.get("cost_s"), kept.get("cost_t"))
 
@@ -379,7 +379,8 @@ class Trainer:
             part, bad = self.batches["train"].run(
                 lambda size, noisings=noisings: self._accumulate(  # type: ignore[misc]
                     endpoints, share, sweep, advantages, noisings, size
-                )
+                ),
+                len(share) * len(noisings),
             )
             sums += part
             self._refuse_nonfinite(bad)

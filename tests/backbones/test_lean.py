@@ -238,7 +238,18 @@ def test_the_exact_gelu_is_left_alone() -> None:
     assert type(gelu("none")) is GELU
 
 
-def test_off_a_gpu_and_with_gradient_it_is_the_librarys_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_stands_for_a_plain_layer_on_a_gpu_in_16_bits_without_gradient() -> None:
+    layer = gelu()
+    with torch.no_grad():
+        assert layer.fits("cuda", torch.bfloat16) and layer.fits("cuda", torch.float16)
+        assert not layer.fits("cpu", torch.bfloat16) and not layer.fits("cuda", torch.float32)
+    assert not layer.fits("cuda", torch.bfloat16)
+    layer.proj = nn.Sequential(layer.proj)  # as a LoRA or an 8-bit layer stands in its place
+    with torch.no_grad():
+        assert not layer.fits("cuda", torch.bfloat16)
+
+
+def test_where_one_call_does_not_fit_it_is_the_librarys_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = gelu(), torch.randn(2, 48)
     monkeypatch.setattr(layer, "in_one", None)
     with autocast():

@@ -228,7 +228,8 @@ class OutOfMemoryError(RuntimeError):
             type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})(
                 "No working C++ compiler"
             ),
-            "torch.compile does not work on this machine (No working C++ compiler). Go on with --runtime.compile false",
+            "torch.compile does not work on this machine (No working C++ compiler). Go on without it: "
+            "--runtime.compile false for train (with --rollout.float8 false, where that was on), --no-compile for eval",
         ),
     ],
 )

@@ -33,6 +33,15 @@ def test_the_size_is_halved_once_and_stays_so() -> None:
     assert card.asked == [8, 4, 4]
 
 
+def test_what_was_really_tried_is_halved() -> None:
+    """48 items fit below a size of 128, so half of that would be tried with all 48 again."""
+    card, micro_batch = Card(24), batch(128)
+    assert micro_batch.run(card.work, 48) == 24
+    assert card.asked == [48, 24]
+    with pytest.raises(OutOfMemoryError, match="drawing pictures, 24 at once"):
+        micro_batch.run(Card(20).work, 48)
+
+
 def test_where_half_is_too_much_the_message_says_what_to_do() -> None:
     card = Card(3)
     with pytest.raises(OutOfMemoryError) as caught:
