@@ -97,5 +97,5 @@ class MicroBatch:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.size = size // 2
+            self.size = (size + 1) // 2
             self.halved = True
