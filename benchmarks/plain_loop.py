@@ -28,7 +28,8 @@ from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config
 from ramctl.engine.policy import old_decay
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
-from ramctl.engine.trainer import RewardFunction, learning_rate
+from ramctl.engine.reward import RewardFunction
+from ramctl.engine.trainer import learning_rate
 from ramctl.prompts import Prompt
 
 #: The trained adapter has the name that ramctl gives its own, so that parameters have the same names in both.

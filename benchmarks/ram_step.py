@@ -47,7 +47,7 @@ from benchmarks.step_scaling import run_scaling
 from benchmarks.step_variants import VARIANTS, check_variants, run_variants
 from ramctl.config import Config
 from ramctl.engine.distributed import connect
-from ramctl.engine.trainer import RewardFunction
+from ramctl.engine.reward import RewardFunction
 from ramctl.training import make_reward
 
 RANDOM = "random-sd35"
@@ -138,7 +138,7 @@ def _sum_up(
     record.add("images_per_second", rates, f"RESULT images_per_second={rates['ramctl']:.3f} plain={rates['plain']:.3f}")
     hidden = ours_median["reward"] - ours_median["score"]
     record.add(
-        "reward_hidden", hidden, f"scoring took {ours_median['reward']:.2f} s, {hidden:.2f} s of it under the sweeps"
+        "reward_hidden", hidden, f"scoring took {ours_median['reward']:.2f} s, {hidden:.2f} s of it beside other phases"
     )
     _record_memory(record, our_steps[-1].peak_bytes, plain_steps[-1].peak_bytes)
 
@@ -175,7 +175,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="runtime.compile for ramctl")
     add("--only", choices=ONLY, help="measure this phase alone")
     add("--trial", action="append", default=[], help="lay a change of benchmarks/trials.py over ramctl; repeatable")
-    add("--variant", action="append", default=[], choices=VARIANTS, help="after the pairs, ramctl's step so changed")
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"after the pairs, ramctl's step so changed: {', '.join(VARIANTS)}, or KEY=VALUE",
+    )
     add("--repeats", type=int, default=3, help="measured pairs")
     add("--minutes", type=float, default=7.0, help="start no further pair that would end later")
     add("--plain-micro-batch", type=int, default=0, help="of the plain loop; default: what ramctl would train with")
@@ -234,13 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not same.within_tolerance:
             print("The two loops do not compute the same step; their times would compare nothing.", file=sys.stderr)
             return 1
-    peaks = matrix_peak(device)
-    shown = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in peaks.items())
-    record.add("matrix_peak", peaks, f"matrix peak, TFLOP/s: {shown}")
+    every = world.gather(matrix_peak(device))
+    peaks: dict[str, float] = every[0]
+    for rank, rates in enumerate(every):
+        shown = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in rates.items())
+        whose = f" of process {rank}" if world.size > 1 else ""
+        record.add(f"matrix_peak/{rank}" if rank else "matrix_peak", rates, f"matrix peak{whose}, TFLOP/s: {shown}")
     peak = peaks.get(config.runtime.precision) or max(peaks.values())
     backbone = load_model(config, device, random=random, layers=asked.layers)
     real = asked.scorer == "preset" or (asked.scorer == "auto" and embedded)
-    reward: RewardFunction = StandInReward(asked.scorer_seconds)
+    reward: RewardFunction = StandInReward(asked.scorer_seconds, config.images_per_step)
     if real:
         scorers = make_reward(config)
         scorers.load()

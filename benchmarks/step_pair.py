@@ -20,7 +20,8 @@ from ramctl.engine.distributed import World
 from ramctl.engine.micro_batch import auto_micro_batch
 from ramctl.engine.policy import Policy
 from ramctl.engine.randomness import keyed_seed, keyed_uniform
-from ramctl.engine.trainer import RewardFunction, Trainer
+from ramctl.engine.reward import RewardFunction
+from ramctl.engine.trainer import Trainer
 from ramctl.prompts import Prompt, read_prompts
 from ramctl.resources import find_resource
 from ramctl.scorers.base import Images, ImageScore, Scores
@@ -31,15 +32,21 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 
 class StandInReward:
-    """A reward of known cost: it sleeps, so it needs no core, and gives picture i of a step a fixed value in [0, 1)."""
+    """A reward of known cost: it sleeps, so it needs no core.
 
-    def __init__(self, seconds_per_image: float) -> None:
-        self.seconds_per_image = seconds_per_image
+    Picture i of a step of ``pictures`` gets a fixed value in [0, 1), whatever its rounding and the batches it comes in.
+    """
+
+    def __init__(self, seconds_per_image: float, pictures: int) -> None:
+        self.seconds_per_image, self.pictures = seconds_per_image, pictures
+        self._seen = 0
 
     def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """Scores that depend on the place in the batch only, the same whatever the pictures' rounding."""
+        """Scores of the next pictures of a step, or the first ones of the next step."""
         time.sleep(self.seconds_per_image * len(images))
-        values = keyed_uniform([keyed_seed(0, "sample", 0, i) for i in range(len(images))])
+        places = [(self._seen + i) % self.pictures for i in range(len(images))]
+        self._seen += len(images)
+        values = keyed_uniform([keyed_seed(0, "sample", 0, place) for place in places])
         return Scores.collect([ImageScore(float(value)) for value in values])
 
 
@@ -265,7 +272,7 @@ def check_agreement(preset: str, overrides: Sequence[tuple[str, str]] = ()) -> A
     config = load_settings(preset, overrides=[*small.items(), *overrides]).config
     backbone = load_model(config, torch.device("cpu"), random=False, layers=None)
     # Neither loop's batches may divide the step evenly, else an error in the remainder would not show.
-    pair = make_pair(config, backbone, StandInReward(0.0), plain_micro_batch=3)
+    pair = make_pair(config, backbone, StandInReward(0.0, config.images_per_step), plain_micro_batch=3)
     spread_weights(pair.policy)
     plain = plain_step(pair)
     with instrumented(pair.trainer) as clock:

@@ -10,34 +10,50 @@ from ramctl.engine.distributed import World
 
 
 def run_scaling(pair: Pair, world: World, record: Record, *, repeats: int) -> Pair | None:
-    """Steps of all processes together, then the first one's alone, when the others have left.
+    """Steps of all processes together; then each makes whole ones by itself, all at once; then the first one alone.
 
     The work is the same, though not the prompts and the noise. Micro-batches are per process, so set them, where the
-    preset does not, to what a process' share fills: then the passes are the same, too.
+    preset does not, to what a process' share fills: then the passes are the same, too. The second part tells what of a
+    missing speed-up is unequal cards (a step is as fast as the slowest) and what is lost by working together.
 
     Returns:
         on the first process the pair with a trainer that works alone, on the others None.
     """
-    together = _steps(pair, repeats, warm_up=True)
-    # Each process' own phases: the step is as fast as the slowest card, and the others wait for it between phases.
-    every = world.gather([step.seconds for step in together])
-    for rank, steps in enumerate(every):
-        record.add(f"scaling/{world.size}/{rank}", steps, f"process {rank} of {world.size}: {_shown(steps)}")
+    together = _gathered(world, _steps(pair, repeats, warm_up=True))
+    _show(record, world, "together", together)
+    alone = with_trainer(pair, pair.config, pair.trainer.reward)
+    apart = _gathered(world, _steps(alone, repeats, warm_up=False))
+    _show(record, world, "apart", apart)
     world.leave()
     if not world.is_main:
         return None
-    alone = with_trainer(pair, pair.config, pair.trainer.reward)
-    single = _steps(alone, repeats, warm_up=False)
-    record.add(
-        "scaling/1", [step.seconds for step in single], f"the first alone: {_shown([step.seconds for step in single])}"
-    )
-    times = [statistics.median(step.seconds["total"] for step in steps) for steps in (single, together)]
+    single = [step.seconds for step in _steps(alone, repeats, warm_up=False)]
+    record.add("scaling/1", single, f"the first alone: {_shown(single)}")
+    one, all_ = _median(single), _median(together[0])
+    each = [_median(steps) for steps in apart]
+    lost = {"alone": one, "together": all_, "apart": each, "processes": world.size}
     record.add(
         "scaling/ratio",
-        {"alone": times[0], "together": times[1], "processes": world.size},
-        f"RESULT scaling={times[0] / times[1]:.3f} ({world.size} processes, medians of {repeats} steps)",
+        lost,
+        f"RESULT scaling={one / all_:.3f} ({world.size} processes, medians of {repeats} steps); against the slowest "
+        f"card {max(each) / all_:.3f}; the slowest takes {max(each) / min(each):.3f} of the fastest's time",
     )
     return alone
+
+
+def _gathered(world: World, steps: list[MeasuredStep]) -> list[list[dict[str, float]]]:
+    """Each process' seconds by phase: the others wait for the slowest between phases."""
+    every: list[list[dict[str, float]]] = world.gather([step.seconds for step in steps])
+    return every
+
+
+def _show(record: Record, world: World, how: str, every: list[list[dict[str, float]]]) -> None:
+    for rank, steps in enumerate(every):
+        record.add(f"scaling/{how}/{rank}", steps, f"{how}, process {rank} of {world.size}: {_shown(steps)}")
+
+
+def _median(steps: list[dict[str, float]]) -> float:
+    return statistics.median(step["total"] for step in steps)
 
 
 def _steps(pair: Pair, repeats: int, *, warm_up: bool) -> list[MeasuredStep]:

@@ -15,7 +15,8 @@ from benchmarks.step_pair import MeasuredStep, Pair, StandInReward, instrumented
 from ramctl.backbones.float8 import has_float8_products, turn_into
 from ramctl.backbones.lean import GpuGelu
 from ramctl.config import Config
-from ramctl.engine.trainer import RewardFunction
+from ramctl.engine import reward
+from ramctl.engine.reward import RewardFunction
 
 Change = Callable[[Pair], contextlib.AbstractContextManager[None]]
 
@@ -44,6 +45,17 @@ def _eager_decoder(pair: Pair) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _shared_stream(pair: Pair) -> Iterator[None]:
+    """Scorers in the networks' own queue of the GPU."""
+    own = reward.reward_stream
+    reward.reward_stream = lambda device: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        reward.reward_stream = own
+
+
+@contextlib.contextmanager
 def _nothing(pair: Pair) -> Iterator[None]:
     yield
 
@@ -68,6 +80,7 @@ VARIANTS: dict[str, Variant] = {
     "second-order": Variant(
         "ten steps of dpm2m for twenty of euler", {"rollout.sampler": "dpm2m", "rollout.sampling_steps": "10"}
     ),
+    "shared-stream": Variant("scorers in the networks' queue of the GPU", change=_shared_stream),
     "eager-decoder": Variant("the autoencoder as diffusers runs it", change=_eager_decoder),
     "separate-gelu": Variant("gelu apart from its product", change=_separate_gelu, compiles=True),
     "guidance-interval": Variant(
@@ -78,15 +91,29 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def find_variant(name: str) -> Variant:
+    """A variant by its name; ``KEY=VALUE`` lays that key over.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    key, is_key, value = name.partition("=")
+    if is_key:
+        return Variant("as it says", {key: value}, compiles=True)
+    if name not in VARIANTS:
+        raise SystemExit(f"--variant {name}: there is none; there are {', '.join(VARIANTS)}, or KEY=VALUE.")
+    return VARIANTS[name]
+
+
 def check_variants(names: Sequence[str], remade: Callable[[Mapping[str, str]], Config], device: torch.device) -> None:
     """Refuse variants that cannot be measured, before anything else is.
 
     Raises:
         ConfigError: keys that do not go together.
-        SystemExit: no 8-bit products on this device.
+        SystemExit: no such variant, or no 8-bit products on this device.
     """
     for name in names:
-        if remade(VARIANTS[name].keys).rollout.float8 and not has_float8_products(device):
+        if remade(find_variant(name).keys).rollout.float8 and not has_float8_products(device):
             raise SystemExit(f"--variant {name}: {device} has no 8-bit products.")
 
 
@@ -109,20 +136,22 @@ def run_variants(
         if time.perf_counter() > end:
             record.add(f"variant/{name}", None, f"{name}: no time left")
             continue
-        variant = VARIANTS[name]
+        variant = find_variant(name)
         config = remade(variant.keys)
-        reward: RewardFunction = pair.trainer.reward
+        scored_by: RewardFunction = pair.trainer.reward
         if variant.reward_of_sweeps:
-            reward = StandInReward(variant.reward_of_sweeps * sweeps / config.images_per_step)
+            scored_by = StandInReward(
+                variant.reward_of_sweeps * sweeps / config.images_per_step, config.images_per_step
+            )
         with variant.change(pair):
-            step = _measure(pair, config, reward, warm_up=variant.compiles)
+            step = _measure(pair, config, scored_by, warm_up=variant.compiles)
         shown = ", ".join(f"{p} {base[p]:.2f} → {step.seconds[p]:.2f}" for p in base if base[p] > 0.2)
         ratio = step.seconds["total"] / base["total"]
         record.add(f"variant/{name}", step.seconds, f"{name} ({variant.says}): {shown}; of the step's time {ratio:.3f}")
 
 
-def _measure(pair: Pair, config: Config, reward: RewardFunction, *, warm_up: bool) -> MeasuredStep:
-    changed = with_trainer(pair, config, reward)
+def _measure(pair: Pair, config: Config, scored_by: RewardFunction, *, warm_up: bool) -> MeasuredStep:
+    changed = with_trainer(pair, config, scored_by)
     with instrumented(changed.trainer) as clock:
         if warm_up:
             ram_step(changed, clock)

@@ -136,7 +136,8 @@ def applied(names: Sequence[str], backbone: StableDiffusion3, policy: Policy, tr
 
 def _make(preset: str, fraction: Fraction, overrides: Sequence[tuple[str, str]]) -> Pair:
     config = resolve(preset, fraction=fraction, overrides=overrides)
-    return make_pair(config, load_model(config, torch.device("cpu"), random=False, layers=None), StandInReward(0.0))
+    reward = StandInReward(0.0, config.images_per_step)
+    return make_pair(config, load_model(config, torch.device("cpu"), random=False, layers=None), reward)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -40,7 +40,6 @@ from ramctl.evaluation_results import (
     combine,
     compare,
     intervals_json,
-    joined,
     results_json,
     taken,
 )
@@ -400,7 +399,7 @@ class _Work:
         kept = KeptScores(folder, self.plan.file_hash)
         found = {scorer.name: self._ask(scorer, folder, mine, drawn, kept) for scorer in self.scorers}
         parts = self.world.gather(({name: scores for name, (scores, _) in found.items()}, drawn))
-        scores = {name: joined([part[0][name] for part in parts]) for name in found}
+        scores = {name: Scores.joined([part[0][name] for part in parts]) for name in found}
         rows = [ImageRow(images / picture.name, picture.prompt) for picture in pictures]
         whole = ScoredImages(rows, scores, {scorer.name: scorer.version for scorer in self.scorers})
         useless = whole.without_result()
@@ -447,7 +446,7 @@ class _Work:
                 self.progress(scorer.name, done, len(rows))
 
         answers = score_rows(scorer, rows, on_progress=advance) if rows else Scores.collect([])
-        together = joined([Scores.collect(list(said.values())), answers])
+        together = Scores.joined([Scores.collect(list(said.values())), answers])
         return taken(together, np.argsort([*said, *asked])), len(said)
 
     def _write(self, evaluated: Evaluated, protocol: Mapping[str, Any], model: OpenModel, network: Network) -> None:

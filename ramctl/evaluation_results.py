@@ -166,27 +166,6 @@ def combine(scores: Mapping[str, Scores], terms: Mapping[str, RewardTerm]) -> Sc
     return composite.combine([(name, terms[name], part) for name, part in scores.items()])
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of consecutive shares as one."""
-    if len(parts) == 1:
-        return parts[0]
-    names = list(dict.fromkeys(name for part in parts for name in part.details))
-
-    def column(part: Scores, values: Floats | None) -> Floats:
-        return np.full(len(part), np.nan, np.float32) if values is None else values
-
-    return Scores(
-        value=np.concatenate([part.value for part in parts]),
-        strict=np.concatenate([column(part, part.strict) for part in parts])
-        if any(part.strict is not None for part in parts)
-        else None,
-        details={n: np.concatenate([column(p, p.details.get(n)) for p in parts]) for n in names},
-        records=[record for part in parts for record in part.records],
-        failed=np.concatenate([part.failed for part in parts]),
-        errors=[error for part in parts for error in part.errors],
-    )
-
-
 def taken(scores: Scores, rows: NDArray[np.intp]) -> Scores:
     """The scores of these pictures, in this order."""
     return Scores(

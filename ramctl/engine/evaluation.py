@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ from ramctl.engine.distributed import World
 from ramctl.engine.metrics import Column
 from ramctl.engine.micro_batch import MicroBatch
 from ramctl.engine.randomness import keyed_seed
-from ramctl.engine.rollout import Progress, generate
-from ramctl.engine.trainer import RewardFunction, gather_scores
+from ramctl.engine.reward import RewardFunction, Scoring, gather_scores
+from ramctl.engine.rollout import generate
 from ramctl.prompts import Prompt
 
 
@@ -46,12 +46,15 @@ def evaluate(
     world: World | None = None,
     *,
     micro_batch: int | MicroBatch = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Draw and score ``images_per_prompt`` pictures for each prompt.
 
     The noise of picture j of prompt i is keyed by (evaluation seed, i·images_per_prompt + j), so two sets of weights
-    are compared on the same noise.
+    are compared on the same noise. Each batch is scored while the next one is drawn.
+
+    Args:
+        progress: called with the number of pictures just drawn.
     """
     world = world or World()
     repeated = [prompt for prompt in prompts for _ in range(settings.images_per_prompt)]
@@ -59,20 +62,31 @@ def evaluate(
     mine = [repeated[i] for i in share]
     seeds = [keyed_seed(settings.seed, "evaluation", 0, i) for i in share]
     images = np.zeros((0, 1, 1, 3), dtype=np.uint8)
-    if mine:
-        images = generate(
-            backbone,
-            network,
-            [prompt.text for prompt in mine],
-            seeds,
-            steps=settings.sampling_steps,
-            guidance_scale=settings.guidance_scale,
-            negative_prompt=settings.negative_prompt,
-            sampler=settings.sampler,
-            micro_batch=micro_batch,
-            progress=progress,
-        ).images
-    gathered = gather_scores(world, reward.score(images, mine), mine)
+    done = 0
+    with Scoring(reward, backbone.device) as scoring:
+
+        def drawn(pictures: NDArray[np.uint8]) -> None:
+            nonlocal done
+            scoring.add(pictures, mine[done : done + len(pictures)])
+            done += len(pictures)
+            if progress is not None:
+                progress(len(pictures))
+
+        if mine:
+            images = generate(
+                backbone,
+                network,
+                [prompt.text for prompt in mine],
+                seeds,
+                steps=settings.sampling_steps,
+                guidance_scale=settings.guidance_scale,
+                negative_prompt=settings.negative_prompt,
+                sampler=settings.sampler,
+                micro_batch=micro_batch,
+                drawn=drawn,
+            ).images
+        scores, _ = scoring.result()
+    gathered = gather_scores(world, scores, mine)
     return Evaluation(
         value=gathered.value,
         strict=gathered.strict,

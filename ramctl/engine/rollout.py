@@ -16,8 +16,8 @@ from ramctl.engine.micro_batch import MicroBatch, auto_micro_batch, drawing_batc
 from ramctl.engine.randomness import keyed_normal
 from ramctl.engine.samplers import Sampler
 
-#: called with the number of pictures just finished.
-Progress = Callable[[int], None]
+#: called with the pictures just finished, uint8 [n, H, W, 3], batch by batch in order.
+Drawn = Callable[[NDArray[np.uint8]], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def generate(
     sampler: Sampler = "euler",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     micro_batch: int | MicroBatch = 0,
-    progress: Progress | None = None,
+    drawn: Drawn | None = None,
 ) -> Endpoints:
     """Draw one picture per prompt; picture i depends on ``prompts[i]``, ``seeds[i]`` and the weights only.
 
@@ -59,6 +59,7 @@ def generate(
         prompts: N texts, repeats allowed (each different text is embedded once).
         seeds: N seeds of the starting noise.
         micro_batch: pictures at once; 0 chooses.
+        drawn: is given each batch of pictures as soon as it is there.
 
     Raises:
         OutOfMemoryError: the GPU has no room for half of ``micro_batch``.
@@ -93,6 +94,6 @@ def generate(
         latents.append(x0)
         images.append(pictures)
         start += len(x0)
-        if progress is not None:
-            progress(len(x0))
+        if drawn is not None:
+            drawn(pictures)
     return Endpoints(torch.cat(latents), np.concatenate(images), text, rows)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,22 +27,14 @@ from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction
 from ramctl.engine.path import grid_times, power_law_times
 from ramctl.engine.policy import FrozenSet, Policy, evaluation_decay, old_decay
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
+from ramctl.engine.reward import GatheredScores, RewardFunction, Scoring, gather_scores
 from ramctl.engine.rollout import Endpoints, generate
 from ramctl.engine.transfer import upload, upload_indices
 from ramctl.errors import ConfigError, DivergedError, ScorerError
 from ramctl.prompts import Prompt
-from ramctl.scorers.base import Images, Scores
 
 #: phase name, items done, items of the phase (this process' share).
 PhaseProgress = Callable[[str, int, int], None]
-
-
-class RewardFunction(Protocol):
-    """What the trainer needs of a reward."""
-
-    def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of N images uint8 [N, H, W, 3]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -174,17 +164,13 @@ class Trainer:
 
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
-        endpoints = self._rollout(prompts, share)
-        clock.lap("sample")
-        pool = ThreadPoolExecutor(1)
-        try:
-            # Neither velocity needs the reward: they are computed while the scorer works.
-            pending = pool.submit(self._score, endpoints, prompts)
+        with Scoring(self.reward, self.backbone.device) as scoring:
+            endpoints = self._rollout(prompts, share, scoring)
+            clock.lap("sample")
+            # Neither velocity needs the reward: they are computed while the scorer works on what it has not done yet.
             sweep = self._sweep(endpoints, share)
             clock.lap("sweep")
-            scores, seconds_of_reward = pending.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for a slow scorer
+            scores, seconds_of_reward = scoring.result()
         clock.lap("score")
 
         gathered = gather_scores(world, scores, prompts)
@@ -214,13 +200,15 @@ class Trainer:
         }
         return StepResult(metrics, endpoints.images, prompts)
 
-    def _rollout(self, prompts: list[Prompt], share: range) -> Endpoints:
+    def _rollout(self, prompts: list[Prompt], share: range, scoring: Scoring) -> Endpoints:
+        """This process' pictures; each batch goes to the scorer while the next one is drawn."""
         config = self.config
         done = 0
 
-        def progress(count: int) -> None:
+        def drawn(images: NDArray[np.uint8]) -> None:
             nonlocal done
-            done += count
+            scoring.add(images, prompts[done : done + len(images)])
+            done += len(images)
             self.progress("sample", done, len(share))
 
         network = self.policy.network("old")
@@ -235,13 +223,8 @@ class Trainer:
                 sampler=config.rollout.sampler,
                 guidance_interval=config.rollout.guidance_interval,
                 micro_batch=self.batches["sample"],
-                progress=progress,
+                drawn=drawn,
             )
-
-    def _score(self, endpoints: Endpoints, prompts: list[Prompt]) -> tuple[Scores, float]:
-        """This process' scores and the seconds they took, sweeps alongside included."""
-        start = time.perf_counter()
-        return self.reward.score(endpoints.images, prompts), time.perf_counter() - start
 
     def _memory(self) -> dict[str, float]:
         """The most this process' tensors took of its GPU in the step, in GB."""
@@ -477,44 +460,6 @@ def learning_rate(optimizer: OptimizerSection, step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
     half_life = optimizer.lr_half_life
     return optimizer.lr * warm * (1.0 if half_life is None else 0.5 ** (step / half_life))
-
-
-@dataclass(frozen=True)
-class GatheredScores:
-    """Scores of all pictures of a step, in global order, on every process."""
-
-    value: NDArray[np.float32]
-    strict: NDArray[np.float32] | None
-    details: dict[str, NDArray[np.float32]]
-    failed: NDArray[np.bool_]
-    errors: list[str | None]
-    prompts: list[Prompt]
-
-
-def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
-    """All processes' scores in rank order, which is the global order of contiguous shares."""
-    parts = world.gather(
-        (scores.value, scores.strict, dict(scores.details), scores.failed, list(scores.errors), prompts)
-    )
-    names = list(dict.fromkeys(name for part in parts for name in part[2]))
-
-    def column(pick: Callable[[int], NDArray[np.float32] | None]) -> NDArray[np.float32]:
-        columns = [pick(i) for i in range(len(parts))]
-        return np.concatenate(
-            [
-                np.full(len(part[0]), np.nan, np.float32) if values is None else values
-                for part, values in zip(parts, columns, strict=True)
-            ]
-        )
-
-    return GatheredScores(
-        value=column(lambda i: parts[i][0]),
-        strict=column(lambda i: parts[i][1]) if any(part[1] is not None for part in parts) else None,
-        details={name: column(lambda i, name=name: parts[i][2].get(name)) for name in names},  # type: ignore[misc]
-        failed=np.concatenate([part[3] for part in parts]),
-        errors=[error for part in parts for error in part[4]],
-        prompts=[prompt for part in parts for prompt in part[5]],
-    )
 
 
 class _Clock:

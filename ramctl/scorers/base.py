@@ -87,6 +87,29 @@ class Scores:
             errors=[r if isinstance(r, str) else None for r in checked],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of consecutive batches as one; where some lack a column, it is NaN there."""
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return cls.collect([])
+        names = list(dict.fromkeys(name for part in parts for name in part.details))
+
+        def column(part: Scores, values: Floats | None) -> Floats:
+            return np.full(len(part), np.nan, np.float32) if values is None else values
+
+        return cls(
+            value=np.concatenate([part.value for part in parts]),
+            strict=np.concatenate([column(part, part.strict) for part in parts])
+            if any(part.strict is not None for part in parts)
+            else None,
+            details={n: np.concatenate([column(p, p.details.get(n)) for p in parts]) for n in names},
+            records=[record for part in parts for record in part.records],
+            failed=np.concatenate([part.failed for part in parts]),
+            errors=[error for part in parts for error in part.errors],
+        )
+
 
 @dataclass(frozen=True)
 class SelfTest:

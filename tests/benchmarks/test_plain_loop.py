@@ -28,6 +28,7 @@ SMALL = {
     "rollout.prompts_per_step": "2",
     "rollout.images_per_prompt": "3",
     "rollout.sampling_steps": "2",
+    "rollout.micro_batch": "3",
     "ram.noisings_per_image": "2",
     "runtime.precision": "float32",
     "runtime.device": "cpu",
@@ -40,7 +41,7 @@ def pair() -> Pair:
     torch.set_num_threads(1)
     config = load_settings("geneval-tiny", overrides=list(SMALL.items())).config
     backbone = StableDiffusion3.load(config.model, torch.device("cpu"), None)
-    made = make_pair(config, backbone, StandInReward(0.0), plain_micro_batch=4)
+    made = make_pair(config, backbone, StandInReward(0.0, config.images_per_step), plain_micro_batch=4)
     step_pair.spread_weights(made.policy)
     return made
 
@@ -96,7 +97,7 @@ def test_a_preset_that_the_plain_loop_cannot_follow_is_refused() -> None:
     config = load_settings("geneval-tiny", overrides=overrides).config
     backbone = StableDiffusion3.load(config.model, torch.device("cpu"), None)
     with pytest.raises(ValueError, match=r"does not do ram\.updates_per_step, ram\.path_cost"):
-        PlainLoop(config, backbone, [], StandInReward(0.0), micro_batch=1)
+        PlainLoop(config, backbone, [], StandInReward(0.0, 1), micro_batch=1)
 
 
 def test_flops_of_a_step_follow_from_the_passes(pair: Pair) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ramctl.backbones.base import TextEmbeddings
 from ramctl.backbones.sd3 import StableDiffusion3
+from ramctl.engine.distributed import World
 from ramctl.engine.policy import Policy
-from ramctl.engine.trainer import RewardFunction, Trainer
+from ramctl.engine.reward import RewardFunction
+from ramctl.engine.trainer import Trainer
 from ramctl.prompts import Prompt, read_prompts
 from ramctl.scorers.base import Images, ImageScore, Scores
 from ramctl.settings import Settings, load_settings
@@ -68,6 +70,17 @@ def build_fixture(tiny_preset: Path, pristine: tuple[StableDiffusion3, Policy]) 
         return Trainer(config, backbone, policy, read_prompts(config.prompts.train), reward or FromPictures())
 
     return make
+
+
+class TwoProcesses(World):
+    """The second of two processes; the first one's rows are given."""
+
+    def __init__(self, first: object) -> None:
+        super().__init__(rank=1, size=2)
+        self.first = first
+
+    def gather(self, rows: object) -> list[object]:
+        return [self.first, rows]
 
 
 def gradients(trainer: Trainer) -> Tensor:

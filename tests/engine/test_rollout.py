@@ -99,7 +99,7 @@ def test_shapes_and_progress(backbone: StableDiffusion3) -> None:
         steps=1,
         guidance_scale=1.0,
         micro_batch=2,
-        progress=counts.append,
+        drawn=lambda pictures: counts.append(len(pictures)),
     )
     assert counts == [2, 2, 1]
     assert len(drawn) == 5

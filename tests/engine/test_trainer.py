@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -14,20 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ramctl.backbones.base import TextEmbeddings
-from ramctl.engine.distributed import World
 from ramctl.engine.objective import draw_bridge, path_cost, path_cost_correction
 from ramctl.engine.randomness import keyed_normal, keyed_seed, keyed_uniform, prompts_of_step
 from ramctl.engine.rollout import generate
-from ramctl.engine.trainer import Trainer, gather_scores
+from ramctl.engine.trainer import Trainer
 from ramctl.errors import DivergedError, OutOfMemoryError, ScorerError
-from ramctl.prompts import Prompt
-from ramctl.scorers.base import Images, ImageScore, Scores
 from ramctl.training import make_reward
 from tests.engine.steps import (  # noqa: F401
     Build,
     Call,
     Constant,
     FromPictures,
+    TwoProcesses,
     build_fixture,
     gradients,
     pristine_fixture,
@@ -252,27 +248,6 @@ def test_a_card_too_small_for_half_a_pass_ends_the_step_before_the_update(
     assert all(torch.equal(before[name], value) for name, value in trainer.policy.tensors("policy").items())
 
 
-def test_an_interrupt_does_not_wait_for_a_slow_scorer(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
-
-    class Slow(Constant):
-        def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-            released.wait(60)
-            return super().score(images, prompts)
-
-    trainer = build(reward=Slow())
-
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "_sweep", interrupted)
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        trainer.step()
-    released.set()
-    assert time.monotonic() - start < 30
-
-
 def test_the_old_weights_may_count_their_steps_from_another_start(build: Build) -> None:
     trainer = build(("old_ema_offset", "1"), ("old_ema_warmup", "0.25"))
     before = {name: value.clone() for name, value in trainer.policy.tensors("old").items()}
@@ -423,31 +398,6 @@ def test_a_non_finite_gradient_is_refused_before_the_update(build: Build) -> Non
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
-
-
-class TwoProcesses(World):
-    """The second of two processes; the first one's rows are given."""
-
-    def __init__(self, first: object) -> None:
-        super().__init__(rank=1, size=2)
-        self.first = first
-
-    def gather(self, rows: object) -> list[object]:
-        return [self.first, rows]
-
-
-def test_scores_are_gathered_in_order_with_columns_that_one_process_lacks() -> None:
-    first = Scores.collect(["unreadable", "unreadable"])
-    second = Scores.collect([ImageScore(1.0, strict=1.0, details={"objects": 2.0})])
-    rows = (first.value, first.strict, dict(first.details), first.failed, list(first.errors), [Prompt("a")] * 2)
-    gathered = gather_scores(TwoProcesses(rows), second, [Prompt("b")])
-    np.testing.assert_array_equal(gathered.value, [np.nan, np.nan, 1.0])
-    assert gathered.strict is not None
-    np.testing.assert_array_equal(gathered.strict, [np.nan, np.nan, 1.0])
-    np.testing.assert_array_equal(gathered.details["objects"], [np.nan, np.nan, 2.0])
-    assert gathered.failed.tolist() == [True, True, False]
-    assert gathered.errors == ["unreadable", "unreadable", None]
-    assert [prompt.text for prompt in gathered.prompts] == ["a", "a", "b"]
 
 
 def test_every_process_hears_of_a_non_finite_loss(build: Build) -> None:

@@ -1,0 +1,119 @@
+"""A step's pictures on their way to the reward: scored on a thread beside the networks, then gathered from everywhere.
+
+In: batches of pictures uint8 [n, H, W, 3] with their prompts, in order, as they are drawn. Out: the :class:`Scores` of
+them all, first this process', then all processes'.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ramctl.engine.distributed import World
+from ramctl.prompts import Prompt
+from ramctl.scorers.base import Images, Scores
+
+
+class RewardFunction(Protocol):
+    """What the engine needs of a reward."""
+
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        """Scores of N images uint8 [N, H, W, 3]."""
+        ...
+
+
+@functools.cache
+def reward_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The GPU's queue for scorers, one for the whole run; None on a CPU.
+
+    In the networks' own queue a scorer that waits for one result would wait for every pass queued before it. Theirs
+    goes first: what it takes is little beside a pass, and the step waits for scores, not the other way round.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+class Scoring:
+    """One thread that scores batches one after the other while pictures are drawn and networks computed.
+
+    Used as a context: on leaving it, batches not begun are dropped, and a scorer at work is not waited for, so that an
+    interrupt is not either.
+    """
+
+    def __init__(self, reward: RewardFunction, device: torch.device) -> None:
+        self._reward = reward
+        self._stream = reward_stream(device)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the scorers' weights came that way
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._batches: list[Future[tuple[Scores, float]]] = []
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def add(self, images: Images, prompts: Sequence[Prompt]) -> None:
+        """Score these pictures uint8 [n, H, W, 3] after the ones before.
+
+        Raises:
+            RamctlError: an earlier batch ended with it; nothing more need be drawn.
+        """
+        for batch in self._batches:
+            if batch.done():
+                batch.result()
+        self._batches.append(self._pool.submit(self._score, images, prompts))
+
+    def result(self) -> tuple[Scores, float]:
+        """The scores of all batches in order, waited for, and the seconds that scoring took, passes beside it included.
+
+        Raises:
+            RamctlError: the first one with which a batch ended.
+        """
+        done = [batch.result() for batch in self._batches]
+        return Scores.joined([scores for scores, _ in done]), sum(seconds for _, seconds in done)
+
+    def _score(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
+        start = time.perf_counter()
+        with torch.cuda.stream(self._stream):  # None leaves all as it is
+            scores = self._reward.score(images, prompts)
+        return scores, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class GatheredScores:
+    """Scores of all pictures of a step, in global order, on every process."""
+
+    value: NDArray[np.float32]
+    strict: NDArray[np.float32] | None
+    details: dict[str, NDArray[np.float32]]
+    failed: NDArray[np.bool_]
+    errors: list[str | None]
+    prompts: list[Prompt]
+
+
+def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
+    """All processes' scores in rank order, which is the global order of contiguous shares; records stay at home."""
+    parts = world.gather((replace(scores, records=[]), prompts))
+    every = Scores.joined([part for part, _ in parts])
+    return GatheredScores(
+        value=every.value,
+        strict=every.strict,
+        details=dict(every.details),
+        failed=every.failed,
+        errors=list(every.errors),
+        prompts=[prompt for _, part in parts for prompt in part],
+    )
