@@ -88,11 +88,9 @@ def test_the_small_cards_preset_is_the_same_experiment_and_fits(
     assert plan.parameters.text_encoders > 5e9
     assert plan.memory.peak == pytest.approx(23.2e9, rel=0.05)
     assert plan.memory.fits
-    # It leaves room while training. The large one does not: a little compiled, next to none otherwise.
-    tight, eager = (
-        make_plan(load_settings("geneval", overrides=[("runtime.compile", value)]).config, 1, "auto", card=24 * 2**30)
-        for value in ("true", "false")
-    )
-    assert tight.memory is not None and eager.memory is not None
-    assert plan.memory.phases["train"] < 0.8 * tight.memory.phases["train"]
-    assert eager.memory.peak > 0.98 * 24 * 2**30
+    # Training leaves a tenth of the card free. Without compiled blocks there is next to nothing left.
+    assert plan.memory.phases["train"] < 0.9 * 24 * 2**30
+    eager = load_settings("geneval-24gb", overrides=[("runtime.compile", "false")]).config
+    uncompiled = make_plan(eager, 1, "auto", card=24 * 2**30)
+    assert uncompiled.memory is not None
+    assert uncompiled.memory.peak > 0.98 * 24 * 2**30
