@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.plain_loop import PhaseClock
-from benchmarks.step_figures import Flops, Record, count_flops, matrix_peak
+from benchmarks.step_figures import PHASES, Flops, Record, count_flops, matrix_peak
 from benchmarks.step_pair import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
@@ -51,7 +51,6 @@ from ramctl.engine.reward import RewardFunction
 from ramctl.training import make_reward
 
 RANDOM = "random-sd35"
-PHASES = ("text", "sample", "decode", "score", "sweep old", "sweep ref", "train", "update")
 
 
 def table(ours: Mapping[str, float], plain: Mapping[str, float], flops: Mapping[str, float], peak: float) -> list[str]:

@@ -15,6 +15,9 @@ from ramctl.backbones.sd3 import StableDiffusion3
 from ramctl.config import Config
 from ramctl.engine.policy import Policy
 
+#: The parts of a step, in order.
+PHASES = ("text", "sample", "decode", "score", "sweep old", "sweep ref", "train", "update")
+
 
 class Record:
     """Figures as they come: printed at once, and the JSON file written anew with each; nothing where ``silent``."""

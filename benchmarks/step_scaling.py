@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.step_figures import Record
+from benchmarks.step_figures import PHASES, Record
 from benchmarks.step_pair import MeasuredStep, Pair, instrumented, ram_step, with_trainer
 from ramctl.engine.distributed import World
 
@@ -63,5 +63,4 @@ def _steps(pair: Pair, repeats: int, *, warm_up: bool) -> list[MeasuredStep]:
 
 
 def _shown(steps: list[dict[str, float]]) -> str:
-    names = ("total", "text", "sample", "decode", "score", "sweep old", "sweep ref", "train", "update")
-    return "; ".join(", ".join(f"{name} {step[name]:.2f}" for name in names) for step in steps)
+    return "; ".join(", ".join(f"{name} {step[name]:.2f}" for name in ("total", *PHASES)) for step in steps)

@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from benchmarks.ram_step import PHASES
+from benchmarks.step_figures import PHASES
 from benchmarks.step_pair import (
     Agreement,
     MeasuredStep,
