@@ -34,7 +34,8 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 class StandInReward:
     """A reward of known cost: it sleeps, so it needs no core.
 
-    Picture i of a step of ``pictures`` gets a fixed value in [0, 1), whatever its rounding and the batches it comes in.
+    Pictures get fixed values in [0, 1) in the order in which they come, again from the first one after ``pictures`` of
+    them: the same in each step of so many, whatever the pictures' rounding and the batches they come in.
     """
 
     def __init__(self, seconds_per_image: float, pictures: int) -> None:
@@ -42,7 +43,7 @@ class StandInReward:
         self._seen = 0
 
     def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of the next pictures of a step, or the first ones of the next step."""
+        """Scores of the next pictures."""
         time.sleep(self.seconds_per_image * len(images))
         places = [(self._seen + i) % self.pictures for i in range(len(images))]
         self._seen += len(images)

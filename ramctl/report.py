@@ -301,7 +301,7 @@ def _training_panels(rows: Sequence[Row]) -> list[Panel]:
             _series(
                 rows,
                 ("seconds/sample", "sampling", 0),
-                ("seconds/score", "scoring", 1),
+                ("seconds/score", "waiting for scores", 1),
                 ("seconds/train", "training", 2),
             ),
         ),

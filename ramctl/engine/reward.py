@@ -6,10 +6,12 @@ them all, first this process', then all processes'.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from ramctl.engine.distributed import World
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, Scores
+from ramctl.watched_threads import Overdue, WatchedThreads
 
 
 class RewardFunction(Protocol):
@@ -43,20 +46,23 @@ def reward_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
+_Scored = tuple[Scores, float]
+
+
 class Scoring:
     """One thread that scores batches one after the other while pictures are drawn and networks computed.
 
-    Used as a context: on leaving it, batches not begun are dropped, and a scorer at work is not waited for, so that an
-    interrupt is not either.
+    Used as a context: on leaving it, batches not begun are dropped and a scorer at work is not waited for. Nor does the
+    end of the process wait for it (:mod:`ramctl.watched_threads`), so that an interrupt ends a run at once.
     """
 
     def __init__(self, reward: RewardFunction, device: torch.device) -> None:
-        self._reward = reward
+        self._reward, self._device = reward, device
         self._stream = reward_stream(device)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the scorers' weights came that way
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        self._batches: list[Future[tuple[Scores, float]]] = []
+        self._threads = WatchedThreads(1, math.inf, "reward")
+        self._batches: list[Future[_Scored | Overdue]] = []
 
     def __enter__(self) -> Scoring:
         return self
@@ -64,7 +70,9 @@ class Scoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for batch in self._batches:
+            batch.cancel()
+        self._threads.close()
 
     def add(self, images: Images, prompts: Sequence[Prompt]) -> None:
         """Score these pictures uint8 [n, H, W, 3] after the ones before.
@@ -75,7 +83,7 @@ class Scoring:
         for batch in self._batches:
             if batch.done():
                 batch.result()
-        self._batches.append(self._pool.submit(self._score, images, prompts))
+        self._batches.append(self._threads.submit(functools.partial(self._score, images, prompts)))
 
     def result(self) -> tuple[Scores, float]:
         """The scores of all batches in order, waited for, and the seconds that scoring took, passes beside it included.
@@ -84,13 +92,26 @@ class Scoring:
             RamctlError: the first one with which a batch ended.
         """
         done = [batch.result() for batch in self._batches]
-        return Scores.joined([scores for scores, _ in done]), sum(seconds for _, seconds in done)
+        scored = [batch for batch in done if not isinstance(batch, Overdue)]  # there is no time limit: all of them
+        return Scores.joined([scores for scores, _ in scored]), sum(seconds for _, seconds in scored)
 
-    def _score(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
+    def _score(self, images: Images, prompts: Sequence[Prompt]) -> _Scored:
         start = time.perf_counter()
-        with torch.cuda.stream(self._stream):  # None leaves all as it is
+        with self._place():
             scores = self._reward.score(images, prompts)
         return scores, time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """This process' GPU and the scorers' queue there.
+
+        A thread begins on the first GPU: to come back there from another one's queue would take memory of it.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
 
 
 @dataclass(frozen=True)

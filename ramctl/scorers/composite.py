@@ -93,7 +93,7 @@ def combine(parts: Sequence[tuple[str, Weighting, Scores]]) -> Scores:
     """The weighted sum over (scorer's name, term, scores of the same N pictures), without details and records.
 
     A picture that a scorer failed on, or for which an output is missing or not finite, is failed. ``strict`` is that of
-    the first scorer that has one.
+    the first scorer that has one: of another one only where that failed on all, which leaves nothing to take it for.
     """
     value: Floats = np.zeros(len(parts[0][2]), dtype=np.float32)
     errors: list[str | None] = [None] * len(value)
@@ -105,9 +105,10 @@ def combine(parts: Sequence[tuple[str, Weighting, Scores]]) -> Scores:
         found = [own or (lacking if bad else None) for own, bad in zip(part.errors, useless, strict=True)]
         errors = [before or now for before, now in zip(errors, found, strict=True)]
     failed = np.array([error is not None for error in errors], dtype=bool)
+    strict = next((part.strict for _, _, part in parts if part.strict is not None), None)
     return Scores(
         value=np.where(failed, np.float32(np.nan), value),
-        strict=next((part.strict for _, _, part in parts if part.strict is not None), None),
+        strict=None if strict is None else np.where(failed, np.float32(np.nan), strict),
         details={},
         records=[{} for _ in errors],
         failed=failed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -96,6 +98,27 @@ def test_leaving_early_drops_what_was_not_begun() -> None:
     assert begun == ["a"]
 
 
+def test_the_end_of_the_process_does_not_wait_for_a_scorer() -> None:
+    code = """
+import time
+import torch
+from ramctl.engine.reward import Scoring
+
+class Slow:
+    def score(self, images, prompts):
+        time.sleep(60)
+
+with Scoring(Slow(), torch.device("cpu")) as scoring:
+    scoring.add(None, [])
+    time.sleep(0.2)
+    raise KeyboardInterrupt
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr
+    assert time.monotonic() - start < 40
+
+
 def test_only_a_gpu_has_a_queue_for_scorers() -> None:
     assert reward_stream(CPU) is None
 
@@ -104,16 +127,17 @@ def test_only_a_gpu_has_a_queue_for_scorers() -> None:
 
 
 class BesideTheDrawing(FromPictures):
-    """A scorer that ends only when the drawing of later pictures has begun."""
+    """A scorer that ends only when a second batch is being drawn, which is drawn only when the first is scored."""
 
     def __init__(self) -> None:
         super().__init__()
         self.drawings = 0
-        self.second_begun = threading.Event()
+        self.second_begun, self.scoring = threading.Event(), threading.Event()
         self.sizes: list[int] = []
 
     def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        assert self.second_begun.wait(60), "the second batch was not begun while the first one was scored"
+        self.scoring.set()
+        assert self.second_begun.wait(20), "the second batch was not begun while the first one was scored"
         self.sizes.append(len(images))
         return super().score(images, prompts)
 
@@ -124,6 +148,7 @@ class BesideTheDrawing(FromPictures):
             self.drawings += 1
             if self.drawings == 2:
                 self.second_begun.set()
+                assert self.scoring.wait(20), "the first batch was not scored while the second one was drawn"
             return sample(*arguments, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(trainer.backbone, "sample", noted)

@@ -145,6 +145,19 @@ def test_strict_is_that_of_the_first_scorer_that_has_one() -> None:
     assert Reward([Term(JpegCompressibility())]).score(greys(1, 2, 3), PROMPTS).strict is None
 
 
+def test_a_failed_picture_has_no_strict_answer_whatever_the_batches() -> None:
+    """In a batch on which the first scorer fails altogether, the second one's answers must not stand in for its own."""
+    reward = Reward([Term(Brightness(refused=200)), Term(Brightness())])
+    images = greys(10, 150, 200, 200)
+    prompts = [*PROMPTS, Prompt("picture 3")]
+    whole = reward.score(images, prompts)
+    halves = Scores.joined([reward.score(images[part], prompts[part]) for part in (slice(0, 2), slice(2, 4))])
+    for scores in (whole, halves):
+        assert scores.strict is not None
+        np.testing.assert_array_equal(scores.strict, [0, 1, np.nan, np.nan])
+        assert scores.failed.tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_picture_one_scorer_fails_on_is_failed_for_all(order: tuple[int, int]) -> None:
     terms = [Term(Brightness(refused=100)), Term(JpegCompressibility())]

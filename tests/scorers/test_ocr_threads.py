@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +16,6 @@ from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, Scores
 from ramctl.scorers.ocr import OcrScorer
 from ramctl.scorers.ocr import scorer as scorer_module
-from ramctl.scorers.ocr import threads as threads_module
-from ramctl.scorers.ocr.threads import HangingError, Overdue, WatchedThreads
 from ramctl.scorers.registry import create
 
 GOOD, HANGS = 0, 255
@@ -67,20 +60,6 @@ def scorer(engine: StandIn, *, threads: int = 1, timeout: float = 0.15) -> OcrSc
 def score(made: OcrScorer, *levels: int) -> Scores:
     images = np.stack([np.full((8, 8, 3), level, dtype=np.uint8) for level in levels])
     return made.score(images, [Prompt(f'a sign "{level}"') for level in levels])
-
-
-def ocr_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "ocr"}
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 5
-    while not true() and time.monotonic() < until:
-        time.sleep(0.01)
-    return true()
-
-
-# --- the scorer
 
 
 def test_a_picture_whose_reading_hangs_fails_and_the_others_are_read_in_order(engine: StandIn) -> None:
@@ -168,7 +147,8 @@ def test_the_process_ends_while_a_reader_is_stuck(given_up: bool) -> None:
 import threading, time
 import numpy as np
 from ramctl.prompts import Prompt
-from ramctl.scorers.ocr import OcrScorer, threads
+from ramctl import watched_threads
+from ramctl.scorers.ocr import OcrScorer
 
 class Stuck:
     def read(self, image):
@@ -176,7 +156,7 @@ class Stuck:
             time.sleep(600)
         return []
 
-threads._EXIT_GRACE = 0.1
+watched_threads._EXIT_GRACE = 0.1
 scorer = OcrScorer(threads=1, timeout={timeout})
 scorer.engine.make_reader = Stuck
 scorer.ensure_loaded()
@@ -192,103 +172,3 @@ print("over")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "over"
     assert ("(timeout)" in done.stdout) is given_up
-
-
-# --- the threads
-
-
-def test_threads_are_begun_as_jobs_need_them_and_used_again() -> None:
-    threads = WatchedThreads(8, 10)
-    before = ocr_threads()
-    for _ in range(20):
-        assert threads.run([lambda: 1]) == [1]
-    assert len(ocr_threads() - before) == 1
-    together = threading.Barrier(3, timeout=10)
-    threads.run([together.wait] * 3)
-    assert len(ocr_threads() - before) == 3
-
-
-def test_threads_end_with_their_owner() -> None:
-    before = ocr_threads()
-    threads = WatchedThreads(2, 10)
-    threads.run([lambda: None] * 2)
-    assert ocr_threads() - before
-    del threads
-    gc.collect()
-    assert soon(lambda: not ocr_threads() - before)
-
-
-def test_an_idle_thread_keeps_no_job_alive() -> None:
-    class Picture:
-        """Only an object of a class of ours can be watched."""
-
-    threads = WatchedThreads(1, 10)
-    picture = Picture()
-    watched = weakref.ref(picture)
-    threads.run([partial(id, picture)])
-    del picture
-    assert soon(lambda: watched() is None)
-
-
-def test_what_is_given_up_ends_when_it_can_and_says_nothing() -> None:
-    before = ocr_threads()
-    threads = WatchedThreads(1, 0.05)
-    released = threading.Event()
-    assert threads.run([partial(released.wait, 10), lambda: True]) == [Overdue(0.05), True]
-    assert len(ocr_threads() - before) == 2
-    released.set()
-    assert soon(lambda: len(ocr_threads() - before) == 1)
-    assert threads.run([lambda: 7]) == [7]
-
-
-def test_too_many_stuck_threads_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads_module, "_MOST_STUCK", 2)
-    threads = WatchedThreads(1, 0.05)
-    released = threading.Event()
-    stuck = partial(released.wait, 10)
-    threads.run([stuck, lambda: True])
-    released.set()  # this one comes back and counts no more
-    assert soon(lambda: not any(worker.thread.is_alive() for worker in threads._shared.stuck if worker.thread))
-    released.clear()
-    threads.run([stuck, lambda: True])
-    with pytest.raises(HangingError, match="2 of them still stuck"):
-        threads.run([stuck, lambda: True])
-    released.set()
-
-
-def test_the_first_exception_is_raised_and_nothing_more_is_begun() -> None:
-    begun: list[int] = []
-
-    def job(number: int) -> None:
-        begun.append(number)
-        time.sleep(0.02)
-        raise ValueError(str(number))
-
-    with pytest.raises(ValueError, match="0"):
-        WatchedThreads(1, 10).run([partial(job, number) for number in range(20)])
-    time.sleep(0.1)
-    assert len(begun) < 5
-
-
-def test_a_process_that_was_stopped_gives_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After Ctrl+Z and fg every reading would be overdue, and all of them in a row."""
-    stopped_for = 0.0
-    really_wait = threads_module.wait
-
-    def wait(futures: Any, timeout: float) -> None:
-        nonlocal stopped_for
-        if not stopped_for:
-            time.sleep(0.05)
-            stopped_for = 1000.0
-        else:
-            really_wait(futures, timeout)
-
-    monkeypatch.setattr(threads_module, "wait", wait)
-    monkeypatch.setattr(threads_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_for))
-
-    def job() -> str:
-        time.sleep(0.15)
-        return "done"
-
-    assert WatchedThreads(1, 10).run([job]) == ["done"]
-    assert stopped_for

@@ -18,7 +18,7 @@ from ramctl.scorers.ocr.engine import Engine, Reader, is_installed
 from ramctl.scorers.ocr.paddle import Model, PaddleEngine
 from ramctl.scorers.ocr.rapid import RapidEngine
 from ramctl.scorers.ocr.rule import RULE, capped_distance, normalise, readable_target
-from ramctl.scorers.ocr.threads import HangingError, Overdue, WatchedThreads, allow
+from ramctl.watched_threads import HangingError, Overdue, WatchedThreads, allow
 
 ENGINES = ("rapidocr", "paddleocr")
 
@@ -127,7 +127,7 @@ class OcrScorer(Scorer):
                 f"The scorer 'ocr' needs a package that does not import ({error}): {self.engine.install}"
             ) from None
         count = self.threads or min(_cores(), self.engine.most_readers())
-        workers = WatchedThreads(count, self._seconds)
+        workers = WatchedThreads(count, self._seconds, "ocr")
         try:
             read = workers.run([partial(self._read, _warm_up_picture())])[0]
         except Exception as error:

@@ -1,7 +1,7 @@
 """Threads for work that may hang: a job that takes too long is given up and its thread left behind.
 
 A thread cannot be ended from outside, and the interpreter waits for an executor's threads when it exits, so that one
-stuck in an engine would keep the process alive for ever. These are daemons, and whoever waits for them has a clock.
+stuck in an engine would keep the process alive for ever. These are daemons, and who waits for them can have a clock.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class _Shared:
     """
 
     seconds: float
+    name: str
     changed: threading.Condition = field(default_factory=threading.Condition)
     waiting: deque[tuple[Future[Any], Callable[[], Any]]] = field(default_factory=deque)
     workers: list[_Worker] = field(default_factory=list)
@@ -87,11 +88,14 @@ class WatchedThreads:
 
     Threads are started as jobs need them. The time for which a job waits for its turn does not count. A thread whose
     job is given up ends when the job does, if ever, and another takes its place.
+
+    Args:
+        name: of the threads, for whoever looks at a process.
     """
 
-    def __init__(self, count: int, seconds: float) -> None:
+    def __init__(self, count: int, seconds: float, name: str) -> None:
         self._count = count
-        self._shared = _Shared(seconds)
+        self._shared = _Shared(seconds, name)
         # Threads end with their owner; at the interpreter's exit _close_all does more.
         weakref.finalize(self, self._shared.close).atexit = False
         _open.add(self)
@@ -103,7 +107,7 @@ class WatchedThreads:
             HangingError: as many jobs in a row were given up as there are threads (3 at least), or 16 threads are
                 stuck.
         """
-        futures = [self._submit(job) for job in jobs]
+        futures = [self.submit(job) for job in jobs]
         try:
             return [self._result(future) for future in futures]
         finally:
@@ -118,7 +122,8 @@ class WatchedThreads:
             if worker.thread is not None:
                 worker.thread.join(max(0.0, until - time.monotonic()))
 
-    def _submit(self, job: Callable[[], R]) -> Future[R | Overdue]:
+    def submit(self, job: Callable[[], R]) -> Future[R | Overdue]:
+        """Begin a job when its turn comes, unless it is cancelled first. Only :meth:`run` gives up what takes long."""
         future: Future[R | Overdue] = Future()
         with self._shared.changed:
             self._shared.waiting.append((future, job))
@@ -132,7 +137,7 @@ class WatchedThreads:
         if len(shared.waiting) <= shared.idle or len(shared.workers) >= self._count:
             return
         worker = _Worker()
-        worker.thread = threading.Thread(target=_serve, args=(shared, worker), name="ocr", daemon=True)
+        worker.thread = threading.Thread(target=_serve, args=(shared, worker), name=shared.name, daemon=True)
         worker.thread.start()
         shared.workers.append(worker)
         shared.idle += 1
