@@ -46,7 +46,7 @@ from benchmarks.step_phases import ONLY, only_phase
 from benchmarks.step_scaling import run_scaling
 from benchmarks.step_variants import VARIANTS, check_variants, run_variants
 from ramctl.config import Config
-from ramctl.engine.distributed import connect
+from ramctl.engine.distributed import World, connect
 from ramctl.engine.reward import RewardFunction
 from ramctl.training import make_reward
 
@@ -211,41 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return resolve(asked.preset, fraction=asked.fraction, overrides=[*overrides, *keys.items()])
 
     check_variants(asked.variant, remade, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    record.add("command", sys.argv[1:], f"python -m benchmarks.ram_step {' '.join(sys.argv[1:])}")
-    record.add(
-        "machine",
-        {"device": name, "torch": torch.__version__, "python": platform.python_version()},
-        f"{name}, torch {torch.__version__}",
-    )
-    record.add(
-        "step",
-        {
-            "preset": config.name,
-            "images": config.images_per_step,
-            "items": config.items_per_step,
-            "fraction": str(asked.fraction),
-        },
-        f"{config.name}, {asked.fraction} of a step: {config.images_per_step} pictures, {config.items_per_step} items",
-    )
-    if embedded and not asked.only:
-        same = check_agreement(asked.preset, overrides)
-        record.add(
-            "agreement_float32",
-            {"loss": same.loss, "gradient": same.gradient},
-            f"float32 check: loss off by {same.loss:.1e} (at most {LOSS_TOLERANCE:g}), gradient by "
-            f"{same.gradient:.1e} (at most {GRADIENT_TOLERANCE:g})",
-        )
-        if not same.within_tolerance:
-            print("The two loops do not compute the same step; their times would compare nothing.", file=sys.stderr)
-            return 1
-    every = world.gather(matrix_peak(device))
-    peaks: dict[str, float] = every[0]
-    for rank, rates in enumerate(every):
-        shown = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in rates.items())
-        whose = f" of process {rank}" if world.size > 1 else ""
-        record.add(f"matrix_peak/{rank}" if rank else "matrix_peak", rates, f"matrix peak{whose}, TFLOP/s: {shown}")
-    peak = peaks.get(config.runtime.precision) or max(peaks.values())
+    _introduce(record, config, asked.fraction, device)
+    if embedded and not asked.only and not _agree(record, asked.preset, overrides):
+        print("The two loops do not compute the same step; their times would compare nothing.", file=sys.stderr)
+        return 1
+    peak = _measure_peaks(record, world, device, config.runtime.precision)
     backbone = load_model(config, device, random=random, layers=asked.layers)
     real = asked.scorer == "preset" or (asked.scorer == "auto" and embedded)
     reward: RewardFunction = StandInReward(asked.scorer_seconds, config.images_per_step)
@@ -278,6 +248,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
             base = run_pairs(mine, record, flops, peak, repeats=asked.repeats, end=end)
             run_variants(mine, asked.variant, record, base, remade, end=end)
     return 0
+
+
+def _introduce(record: Record, config: Config, fraction: Fraction, device: torch.device) -> None:
+    """What is measured, and on what."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    record.add("command", sys.argv[1:], f"python -m benchmarks.ram_step {' '.join(sys.argv[1:])}")
+    record.add(
+        "machine",
+        {"device": name, "torch": torch.__version__, "python": platform.python_version()},
+        f"{name}, torch {torch.__version__}",
+    )
+    images, items = config.images_per_step, config.items_per_step
+    record.add(
+        "step",
+        {"preset": config.name, "images": images, "items": items, "fraction": str(fraction)},
+        f"{config.name}, {fraction} of a step: {images} pictures, {items} items",
+    )
+
+
+def _agree(record: Record, preset: str, overrides: Sequence[tuple[str, str]]) -> bool:
+    """Whether both loops compute the same on the embedded model in float32."""
+    same = check_agreement(preset, overrides)
+    record.add(
+        "agreement_float32",
+        {"loss": same.loss, "gradient": same.gradient},
+        f"float32 check: loss off by {same.loss:.1e} (at most {LOSS_TOLERANCE:g}), gradient by "
+        f"{same.gradient:.1e} (at most {GRADIENT_TOLERANCE:g})",
+    )
+    return same.within_tolerance
+
+
+def _measure_peaks(record: Record, world: World, device: torch.device, precision: str) -> float:
+    """The matrix peak of every process' device; the first one's in the type of the passes, FLOP/s."""
+    every = world.gather(matrix_peak(device))
+    for rank, rates in enumerate(every):
+        shown = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in rates.items())
+        whose = f" of process {rank}" if world.size > 1 else ""
+        record.add(f"matrix_peak/{rank}" if rank else "matrix_peak", rates, f"matrix peak{whose}, TFLOP/s: {shown}")
+    peaks: dict[str, float] = every[0]
+    return peaks.get(precision) or max(peaks.values())
 
 
 def _run_only(pair: Pair, record: Record, phase: str, repeats: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def make_pair(
 def instrumented(trainer: Trainer) -> Iterator[PhaseClock]:
     """Time the trainer's parts: inside, its methods and its backbone's are wrapped on these two objects."""
     clock = PhaseClock(trainer.backbone.device)
-    before: list[tuple[Any, str, Any]] = []
+    wrapped = contextlib.ExitStack()
 
     def wrap(owner: Any, method: str, name: Callable[..., str]) -> None:
         original = getattr(owner, method)
@@ -144,24 +145,18 @@ def instrumented(trainer: Trainer) -> Iterator[PhaseClock]:
             with clock.phase(name(*arguments)):
                 return original(*arguments, **keywords)
 
-        before.append((owner, method, owner.__dict__.get(method)))
-        setattr(owner, method, timed)
+        wrapped.enter_context(patch.object(owner, method, timed))
 
-    wrap(trainer.backbone, "encode", lambda *_: "text")
-    wrap(trainer.backbone, "decode", lambda *_: "decode")
-    wrap(trainer, "_rollout", lambda *_: "rollout")
-    wrap(trainer, "_sweep", lambda *_: "sweep")
-    wrap(trainer, "_sweep_pass", lambda *a: "sweep old" if a[4] == "old" else "sweep ref")
-    wrap(trainer, "_accumulate", lambda *_: "train")
-    wrap(trainer, "_update", lambda *_: "update")
-    wrap(trainer, "_lag", lambda *_: "update")
-    try:
+    with wrapped:
+        wrap(trainer.backbone, "encode", lambda *_: "text")
+        wrap(trainer.backbone, "decode", lambda *_: "decode")
+        wrap(trainer, "_rollout", lambda *_: "rollout")
+        wrap(trainer, "_sweep", lambda *_: "sweep")
+        wrap(trainer, "_sweep_pass", lambda *a: "sweep old" if a[4] == "old" else "sweep ref")
+        wrap(trainer, "_accumulate", lambda *_: "train")
+        wrap(trainer, "_update", lambda *_: "update")
+        wrap(trainer, "_lag", lambda *_: "update")
         yield clock
-    finally:
-        for owner, method, own in before:
-            delattr(owner, method)
-            if own is not None:
-                setattr(owner, method, own)
 
 
 def with_trainer(pair: Pair, config: Config, reward: RewardFunction) -> Pair:

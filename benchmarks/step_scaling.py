@@ -31,10 +31,10 @@ def run_scaling(pair: Pair, world: World, record: Record, *, repeats: int) -> Pa
     record.add("scaling/1", single, f"the first alone: {_shown(single)}")
     one, all_ = _median(single), _median(together[0])
     each = [_median(steps) for steps in apart]
-    lost = {"alone": one, "together": all_, "apart": each, "processes": world.size}
+    figures = {"alone": one, "together": all_, "apart": each, "processes": world.size}
     record.add(
         "scaling/ratio",
-        lost,
+        figures,
         f"RESULT scaling={one / all_:.3f} ({world.size} processes, medians of {repeats} steps); against the slowest "
         f"card {max(each) / all_:.3f}; the slowest takes {max(each) / min(each):.3f} of the fastest's time",
     )

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers.models.activations import GELU
@@ -18,7 +20,7 @@ from ramctl.config import Config
 from ramctl.engine import reward
 from ramctl.engine.reward import RewardFunction
 
-Change = Callable[[Pair], contextlib.AbstractContextManager[None]]
+Change = Callable[[Pair], contextlib.AbstractContextManager[Any]]
 
 
 @contextlib.contextmanager
@@ -34,30 +36,13 @@ def _separate_gelu(pair: Pair) -> Iterator[None]:
             turn_into(layer, GpuGelu)
 
 
-@contextlib.contextmanager
-def _eager_decoder(pair: Pair) -> Iterator[None]:
-    decoder = pair.backbone._pipeline.vae.decoder
-    compiled, decoder._compiled_call_impl = decoder._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        decoder._compiled_call_impl = compiled
+def _eager_decoder(pair: Pair) -> contextlib.AbstractContextManager[Any]:
+    return patch.object(pair.backbone._pipeline.vae.decoder, "_compiled_call_impl", None)
 
 
-@contextlib.contextmanager
-def _shared_stream(pair: Pair) -> Iterator[None]:
+def _shared_stream(pair: Pair) -> contextlib.AbstractContextManager[Any]:
     """Scorers in the networks' own queue of the GPU."""
-    own = reward.reward_stream
-    reward.reward_stream = lambda device: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        reward.reward_stream = own
-
-
-@contextlib.contextmanager
-def _nothing(pair: Pair) -> Iterator[None]:
-    yield
+    return patch.object(reward, "reward_stream", lambda device: None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Variant:
 
     says: str
     keys: Mapping[str, str] = field(default_factory=dict)
-    change: Change = _nothing
+    change: Change = contextlib.nullcontext
     reward_of_sweeps: float = 0.0
     compiles: bool = False
 

@@ -287,7 +287,7 @@ def _micro_batches(
     # Processes' shares of the pictures differ by one where they do not divide, and updates' shares of the noisings.
     count, updates, images = config.ram.noisings_per_image, config.ram.updates_per_step, sizes.images_per_process
     pictures = sorted({sizes.images // sizes.processes, images} - {0})
-    noisings = [(u + 1) * count // updates - u * count // updates for u in range(updates)]
+    noisings = [len(range(update, count, updates)) for update in range(updates)]
 
     def size(given: int | None, per_picture: Sequence[int]) -> int | None:
         """The largest pass: each share is taken in equal ones."""

@@ -122,9 +122,9 @@ class WatchedThreads:
             if worker.thread is not None:
                 worker.thread.join(max(0.0, until - time.monotonic()))
 
-    def submit(self, job: Callable[[], R]) -> Future[R | Overdue]:
+    def submit(self, job: Callable[[], R]) -> Future[R]:
         """Begin a job when its turn comes, unless it is cancelled first. Only :meth:`run` gives up what takes long."""
-        future: Future[R | Overdue] = Future()
+        future: Future[R] = Future()
         with self._shared.changed:
             self._shared.waiting.append((future, job))
             self._staff()
@@ -142,7 +142,7 @@ class WatchedThreads:
         shared.workers.append(worker)
         shared.idle += 1
 
-    def _result(self, future: Future[R | Overdue]) -> R | Overdue:
+    def _result(self, future: Future[Any]) -> Any:
         while not future.done():
             patience = self._patience()
             began = time.monotonic()

@@ -77,7 +77,9 @@ def held(tiny_preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         failed = np.isnan(column)
         errors = ["unreadable" if bad else None for bad in failed]
         pictures = np.stack([np.full((8, 8, 3), i, np.uint8) for i in range(len(values))])
-        result = Evaluation(column, None, {}, failed, errors, repeated, pictures, range(len(values)))
+        result = Evaluation(
+            column, None, {}, [{}] * len(values), failed, errors, repeated, pictures, range(len(values))
+        )
         monkeypatch.setattr("ramctl.heldout.evaluate", lambda *arguments, **options: result)
         policy = SimpleNamespace(network=lambda which: None)
         folder = RunFolder(tmp_path)

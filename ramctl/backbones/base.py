@@ -38,6 +38,12 @@ class TextEmbeddings:
         return TextEmbeddings(torch.cat([self.tokens, other.tokens]), torch.cat([self.pooled, other.pooled]))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of ``x`` is computed: autocast's where it is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Backbone(ABC):
     """One loaded model family: text encoders, transformer, autoencoder, sampler.
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ramctl.backbones.base import product_dtype
+
 #: e4m3: four bits of exponent, three of mantissa. A quotient that rounding leaves a hair above it still rounds down.
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
@@ -86,8 +88,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] in autocast's dtype (else the input's) from [..., in]."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         rows, scale = quantized(x.flatten(0, -2))
         product = _product(rows, scale, self.weight_float8, self.weight_scale, bias, dtype)

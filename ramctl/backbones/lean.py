@@ -14,6 +14,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
+from ramctl.backbones.base import product_dtype
+
 
 class LoraLinear(Linear):  # type: ignore[misc]
     """peft's LoRA layer, y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, for the one adapter of a training run.
@@ -70,9 +72,8 @@ class GpuGelu(GELU):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        if self.fits(device, dtype):
+        dtype = product_dtype(hidden_states)
+        if self.fits(hidden_states.device.type, dtype):
             return self.in_one(hidden_states.to(dtype))
         result: Tensor = super().forward(hidden_states)
         return result

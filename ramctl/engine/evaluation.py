@@ -12,27 +12,20 @@ from torch import nn
 from ramctl.backbones.base import Backbone
 from ramctl.config import EvaluationSection
 from ramctl.engine.distributed import World
-from ramctl.engine.metrics import Column
 from ramctl.engine.micro_batch import MicroBatch
 from ramctl.engine.randomness import keyed_seed
-from ramctl.engine.reward import RewardFunction, Scoring, gather_scores
+from ramctl.engine.reward import GatheredScores, RewardFunction, Scoring, gather_scores
 from ramctl.engine.rollout import generate
 from ramctl.prompts import Prompt
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(GatheredScores):
     """Scores of all pictures on every process, in order: picture j of prompt i is row i·images_per_prompt + j.
 
     ``images`` are this process' pictures only, uint8 [n, H, W, 3], the rows ``share`` of the whole.
     """
 
-    value: Column
-    strict: Column | None
-    details: dict[str, Column]
-    failed: NDArray[np.bool_]
-    errors: list[str | None]
-    prompts: list[Prompt]
     images: NDArray[np.uint8]
     share: range
 
@@ -62,13 +55,10 @@ def evaluate(
     mine = [repeated[i] for i in share]
     seeds = [keyed_seed(settings.seed, "evaluation", 0, i) for i in share]
     images = np.zeros((0, 1, 1, 3), dtype=np.uint8)
-    done = 0
-    with Scoring(reward, backbone.device) as scoring:
+    with Scoring(reward, mine, backbone.device) as scoring:
 
         def drawn(pictures: NDArray[np.uint8]) -> None:
-            nonlocal done
-            scoring.add(pictures, mine[done : done + len(pictures)])
-            done += len(pictures)
+            scoring.add(pictures)
             if progress is not None:
                 progress(len(pictures))
 
@@ -86,14 +76,4 @@ def evaluate(
                 drawn=drawn,
             ).images
         scores, _ = scoring.result()
-    gathered = gather_scores(world, scores, mine)
-    return Evaluation(
-        value=gathered.value,
-        strict=gathered.strict,
-        details=gathered.details,
-        failed=gathered.failed,
-        errors=gathered.errors,
-        prompts=gathered.prompts,
-        images=images,
-        share=share,
-    )
+    return Evaluation(**vars(gather_scores(world, scores, mine)), images=images, share=share)

@@ -13,17 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ramctl.engine.distributed import World
 from ramctl.prompts import Prompt
 from ramctl.scorers.base import Images, Scores
-from ramctl.watched_threads import Overdue, WatchedThreads
+from ramctl.watched_threads import WatchedThreads
 
 
 class RewardFunction(Protocol):
@@ -46,36 +43,36 @@ def reward_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
-_Scored = tuple[Scores, float]
-
-
 class Scoring:
     """One thread that scores batches one after the other while pictures are drawn and networks computed.
 
     Used as a context: on leaving it, batches not begun are dropped and a scorer at work is not waited for. Nor does the
     end of the process wait for it (:mod:`ramctl.watched_threads`), so that an interrupt ends a run at once.
+
+    Args:
+        prompts: of all pictures that will come, in their order.
     """
 
-    def __init__(self, reward: RewardFunction, device: torch.device) -> None:
-        self._reward, self._device = reward, device
+    def __init__(self, reward: RewardFunction, prompts: Sequence[Prompt], device: torch.device) -> None:
+        self._reward, self._prompts, self._device = reward, prompts, device
         self._stream = reward_stream(device)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the scorers' weights came that way
         self._threads = WatchedThreads(1, math.inf, "reward")
-        self._batches: list[Future[_Scored | Overdue]] = []
+        self._batches: list[Future[tuple[Scores, float]]] = []
+        #: Pictures that have come.
+        self.pictures = 0
 
     def __enter__(self) -> Scoring:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for batch in self._batches:
             batch.cancel()
         self._threads.close()
 
-    def add(self, images: Images, prompts: Sequence[Prompt]) -> None:
-        """Score these pictures uint8 [n, H, W, 3] after the ones before.
+    def add(self, images: Images) -> None:
+        """Score the next pictures, uint8 [n, H, W, 3], after the ones before.
 
         Raises:
             RamctlError: an earlier batch ended with it; nothing more need be drawn.
@@ -83,7 +80,9 @@ class Scoring:
         for batch in self._batches:
             if batch.done():
                 batch.result()
+        prompts = self._prompts[self.pictures : self.pictures + len(images)]
         self._batches.append(self._threads.submit(functools.partial(self._score, images, prompts)))
+        self.pictures += len(images)
 
     def result(self) -> tuple[Scores, float]:
         """The scores of all batches in order, waited for, and the seconds that scoring took, passes beside it included.
@@ -92,10 +91,9 @@ class Scoring:
             RamctlError: the first one with which a batch ended.
         """
         done = [batch.result() for batch in self._batches]
-        scored = [batch for batch in done if not isinstance(batch, Overdue)]  # there is no time limit: all of them
-        return Scores.joined([scores for scores, _ in scored]), sum(seconds for _, seconds in scored)
+        return Scores.joined([scores for scores, _ in done]), sum(seconds for _, seconds in done)
 
-    def _score(self, images: Images, prompts: Sequence[Prompt]) -> _Scored:
+    def _score(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
         start = time.perf_counter()
         with self._place():
             scores = self._reward.score(images, prompts)
@@ -115,26 +113,14 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class GatheredScores:
-    """Scores of all pictures of a step, in global order, on every process."""
+class GatheredScores(Scores):
+    """Scores of all pictures with their prompts, in global order, on every process; their records are empty."""
 
-    value: NDArray[np.float32]
-    strict: NDArray[np.float32] | None
-    details: dict[str, NDArray[np.float32]]
-    failed: NDArray[np.bool_]
-    errors: list[str | None]
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
 
 
-def gather_scores(world: World, scores: Scores, prompts: list[Prompt]) -> GatheredScores:
+def gather_scores(world: World, scores: Scores, prompts: Sequence[Prompt]) -> GatheredScores:
     """All processes' scores in rank order, which is the global order of contiguous shares; records stay at home."""
-    parts = world.gather((replace(scores, records=[]), prompts))
+    parts = world.gather((replace(scores, records=[{}] * len(scores)), prompts))
     every = Scores.joined([part for part, _ in parts])
-    return GatheredScores(
-        value=every.value,
-        strict=every.strict,
-        details=dict(every.details),
-        failed=every.failed,
-        errors=list(every.errors),
-        prompts=[prompt for _, part in parts for prompt in part],
-    )
+    return GatheredScores(**vars(every), prompts=[prompt for _, part in parts for prompt in part])

@@ -164,7 +164,7 @@ class Trainer:
 
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
-        with Scoring(self.reward, self.backbone.device) as scoring:
+        with Scoring(self.reward, prompts, self.backbone.device) as scoring:
             endpoints = self._rollout(prompts, share, scoring)
             clock.lap("sample")
             # Neither velocity needs the reward: they are computed while the scorer works on what it has not done yet.
@@ -203,13 +203,10 @@ class Trainer:
     def _rollout(self, prompts: list[Prompt], share: range, scoring: Scoring) -> Endpoints:
         """This process' pictures; each batch goes to the scorer while the next one is drawn."""
         config = self.config
-        done = 0
 
         def drawn(images: NDArray[np.uint8]) -> None:
-            nonlocal done
-            scoring.add(images, prompts[done : done + len(images)])
-            done += len(images)
-            self.progress("sample", done, len(share))
+            scoring.add(images)
+            self.progress("sample", scoring.pictures, len(share))
 
         network = self.policy.network("old")
         with self.backbone.float8(network) if config.rollout.float8 else nullcontext():

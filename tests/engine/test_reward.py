@@ -44,10 +44,10 @@ def test_batches_are_scored_in_order_with_their_prompts() -> None:
             calls.append((images[:, 0, 0, 0].tolist(), [prompt.text for prompt in prompts]))
             return super().score(images, prompts)
 
-    with Scoring(Noting(), CPU) as scoring:
-        scoring.add(pictures(0, 51), PROMPTS[:2])
-        scoring.add(pictures(102), PROMPTS[2:3])
-        scoring.add(pictures(153, 255), PROMPTS[3:])
+    with Scoring(Noting(), PROMPTS, CPU) as scoring:
+        scoring.add(pictures(0, 51))
+        scoring.add(pictures(102))
+        scoring.add(pictures(153, 255))
         scores, seconds = scoring.result()
     assert calls == [([0, 51], ["a", "b"]), ([102], ["c"]), ([153, 255], ["d", "e"])]
     np.testing.assert_allclose(scores.value, [0, 0.2, 0.4, 0.6, 1.0], rtol=1e-6)
@@ -55,7 +55,7 @@ def test_batches_are_scored_in_order_with_their_prompts() -> None:
 
 
 def test_no_pictures_have_no_scores() -> None:
-    with Scoring(FromPictures(), CPU) as scoring:
+    with Scoring(FromPictures(), PROMPTS, CPU) as scoring:
         scores, seconds = scoring.result()
     assert len(scores) == 0
     assert seconds == 0
@@ -66,12 +66,12 @@ def test_a_batch_that_failed_is_heard_of_at_the_next_one() -> None:
         def score(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
             raise ScorerError("the engine hangs")
 
-    with Scoring(Broken(), CPU) as scoring:
-        scoring.add(pictures(0), PROMPTS[:1])
+    with Scoring(Broken(), PROMPTS, CPU) as scoring:
+        scoring.add(pictures(0))
         while not scoring._batches[0].done():
             time.sleep(0.01)
         with pytest.raises(ScorerError, match="the engine hangs"):
-            scoring.add(pictures(1), PROMPTS[1:2])
+            scoring.add(pictures(1))
         with pytest.raises(ScorerError, match="the engine hangs"):
             scoring.result()
 
@@ -87,9 +87,9 @@ def test_leaving_early_drops_what_was_not_begun() -> None:
             released.wait(60)
             return super().score(images, prompts)
 
-    with pytest.raises(KeyboardInterrupt), Scoring(Slow(), CPU) as scoring:
-        scoring.add(pictures(0), PROMPTS[:1])
-        scoring.add(pictures(1), PROMPTS[1:2])
+    with pytest.raises(KeyboardInterrupt), Scoring(Slow(), PROMPTS, CPU) as scoring:
+        scoring.add(pictures(0))
+        scoring.add(pictures(1))
         assert first.wait(60)
         raise KeyboardInterrupt
     released.set()
@@ -108,8 +108,8 @@ class Slow:
     def score(self, images, prompts):
         time.sleep(60)
 
-with Scoring(Slow(), torch.device("cpu")) as scoring:
-    scoring.add(None, [])
+with Scoring(Slow(), [], torch.device("cpu")) as scoring:
+    scoring.add([])
     time.sleep(0.2)
     raise KeyboardInterrupt
 """
@@ -218,7 +218,7 @@ def test_an_interrupt_does_not_wait_for_a_slow_scorer(build: Build, monkeypatch:
 def test_scores_are_gathered_in_order_with_columns_that_one_process_lacks() -> None:
     first = Scores.collect(["unreadable", "unreadable"])
     second = Scores.collect([ImageScore(1.0, strict=1.0, details={"objects": 2.0})])
-    rows = (dataclasses.replace(first, records=[]), [Prompt("a")] * 2)
+    rows = (dataclasses.replace(first, records=[{}, {}]), [Prompt("a")] * 2)
     gathered = gather_scores(TwoProcesses(rows), second, [Prompt("b")])
     np.testing.assert_array_equal(gathered.value, [np.nan, np.nan, 1.0])
     assert gathered.strict is not None
